@@ -1,0 +1,83 @@
+"""The bounded thread pool in which all work on the volume runs, and the one table errno -> error.
+
+The event loop never touches the volume: a hung mount blocks threads of this pool only, and callers get Unavailable at
+their deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from kachery_lab.errors import KacheryLabError, NotFound, StorageFull, Unavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+TROUBLE_LIMIT = 3
+"""Failures of the volume after which the node calls itself not ready, until a probe succeeds."""
+
+
+def from_os_error(error: OSError) -> KacheryLabError:
+    """The error a caller is told. Paths stay out of the text: they are the lab's business, not the client's."""
+    reason = errno.errorcode.get(error.errno or 0, "unknown error")
+    if error.errno in _ABSENT:
+        return NotFound("no such file on the volume")
+    if error.errno in _FULL:
+        return StorageFull(f"the storage is full ({reason})", hint="Free space on the storage volume, then try again")
+    return Unavailable(f"the storage cannot be used at the moment ({reason})", hint="Look at the server's log")
+
+
+class Disk:
+    """Runs blocking file work in at most `workers` threads; one operation may take `deadline` seconds."""
+
+    def __init__(self, workers: int = 24, deadline: float = 30.0) -> None:
+        self.deadline = deadline
+        self.trouble = 0
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="disk")
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """For libraries that take an executor."""
+        return self._pool
+
+    async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Result of `fn`. Raises what `from_os_error` says for an OSError, Unavailable after the deadline.
+
+        A function that outlives its deadline still ends in its thread; what it opened must close itself when dropped.
+        """
+        loop = asyncio.get_running_loop()
+        call = functools.partial(fn, *args, **kwargs) if kwargs else functools.partial(fn, *args)
+        try:
+            async with asyncio.timeout(self.deadline):
+                return await loop.run_in_executor(self._pool, call)
+        except TimeoutError:
+            self.trouble += 1
+            raise Unavailable(
+                f"the storage did not answer within {self.deadline:g} s", hint="Look at the volume's mount"
+            ) from None
+        except OSError as error:
+            raise self._failed(error) from error
+
+    async def run_long(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `run`, without a deadline: for work whose length follows the size of a file."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(fn, *args, **kwargs))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> KacheryLabError:
+        known = from_os_error(error)
+        if isinstance(known, Unavailable):
+            self.trouble += 1
+        return known
+
+    def close(self) -> None:
+        """Let the threads end. Does not wait for one that hangs on the volume."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,138 @@
+"""The one write recipe: what returns has reached the disk.
+
+temporary file (O_EXCL, same file system) -> write -> fsync -> link to the final name without replacing -> unlink the
+temporary name -> fsync the directory and each parent whose entry may not have reached the disk yet.
+fsync is never retried: after a failure the pages may be gone although a second call succeeds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+_LINK_UNSUPPORTED = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV})
+_DIRECTORY_SYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP})
+_REMEMBERED = 100_000
+
+
+def fsync_directory(path: str) -> None:
+    """Flush the entries of a directory. File systems that cannot (EINVAL) order entries themselves."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _DIRECTORY_SYNC_UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
+
+
+class Directories:
+    """Makes directories below `root` and knows whose entries are on disk.
+
+    A directory that merely exists may have been made by a process that was killed before it flushed the parent, so
+    only directories flushed by this object count.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._durable: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def make(self, path: str) -> list[str]:
+        """Make `path` and its parents; the directories whose entries must still be flushed, nearest the root first."""
+        if path in self._durable:
+            return []
+        pending: list[str] = []
+        parts = path[len(self._root) :].strip("/").split("/")
+        current = self._root
+        for part in parts:
+            parent, current = current, f"{current}/{part}"
+            if current in self._durable:
+                continue
+            try:
+                os.mkdir(current, 0o755)
+            except FileExistsError:
+                pass
+            pending.append(parent)
+        return pending
+
+    def flush(self, path: str, pending: list[str]) -> None:
+        """Flush the `pending` parents of `path`, then remember that they are on disk."""
+        for parent in pending:
+            fsync_directory(parent)
+        if pending:
+            self._remember(path)
+
+    def _remember(self, path: str) -> None:
+        with self._lock:
+            while len(path) > len(self._root):
+                self._durable[path] = None
+                path = path.rpartition("/")[0]
+            while len(self._durable) > _REMEMBERED:
+                self._durable.popitem(last=False)
+
+    def forget(self) -> None:
+        """Trust nothing any more: the volume was replaced or a flush failed."""
+        with self._lock:
+            self._durable.clear()
+
+
+def link_or_rename(source: str, target: str) -> None:
+    """Give the file its final name without replacing one. Raises FileExistsError when the name is taken.
+
+    Where the file system has no hard links the fallback is a rename; the caller is the only writer of final names and
+    has looked before.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _LINK_UNSUPPORTED:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(source, target)
+    else:
+        os.unlink(source)
+
+
+def write_file(path: Path, data: bytes, mode: int, *, gid: int | None = None) -> None:
+    """Replace a small file atomically and durably. `gid` changes its group before the name appears."""
+    draft = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.unlink(draft)
+    except FileNotFoundError:
+        pass
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            write_all(fd, data)
+            if gid is not None:
+                os.fchown(fd, -1, gid)
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(draft, path)
+    except BaseException:
+        unlink_quietly(draft)
+        raise
+    fsync_directory(str(path.parent))
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
+    """Write every byte; `os.write` may take fewer."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def unlink_quietly(path: str) -> None:
+    """Remove a temporary file while another error is under way, which must not be replaced by this one."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass

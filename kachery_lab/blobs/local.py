@@ -1,0 +1,380 @@
+"""Blobs as files on a mounted volume, readable by clients that mount the same directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import secrets
+from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from kachery_lab.blobs.base import PIECE, BlobStat
+from kachery_lab.blobs.disk import Disk
+from kachery_lab.blobs.durable import Directories, fsync_directory, link_or_rename, unlink_quietly, write_all
+from kachery_lab.blobs.layout import DRAFT_PREFIX, DRAFT_SUFFIX, StorageLayout, is_blob_name, shard
+from kachery_lab.blobs.volume import read_volume_id
+from kachery_lab.core.ids import Sha1
+from kachery_lab.errors import Collision, NotFound, Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells without reading whether a file is still the one that was verified."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Fingerprint:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+class OpenFile:
+    """A file open for reading. Closes itself when dropped, so that a read past its deadline leaks nothing."""
+
+    __slots__ = ("fd", "fingerprint", "stat")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.stat = os.fstat(fd)
+        self.fingerprint = Fingerprint.of(self.stat)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes. Raises OSError(EIO) when the file ends before: it was cut under us."""
+        data = os.pread(self.fd, length, offset)
+        if len(data) < length:
+            parts = [data]
+            have = len(data)
+            while have < length and (more := os.pread(self.fd, length - have, offset + have)):
+                parts.append(more)
+                have += len(more)
+            data = b"".join(parts)
+            if have < length:
+                raise OSError(errno.EIO, "the file ends before its size")
+        return data
+
+    def unchanged(self) -> bool:
+        """Whether the file still is what it was when it was opened."""
+        return Fingerprint.of(os.fstat(self.fd)) == self.fingerprint
+
+    def sha1(self) -> str:
+        """SHA-1 of the whole content."""
+        digest = hashlib.sha1(usedforsecurity=False)
+        for offset in range(0, self.fingerprint.size, PIECE):
+            digest.update(self.read(offset, min(PIECE, self.fingerprint.size - offset)))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Draft:
+    """Bytes on their way in: a temporary file that becomes a blob by `commit` or disappears by `discard`."""
+
+    __slots__ = ("_fd", "_path", "_store")
+
+    def __init__(self, store: LocalBlobStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes."""
+        write_all(self._fd, data)
+
+    def commit(self, sha1: Sha1) -> tuple[bool, Fingerprint]:
+        """Make the bytes, trusted to have this SHA-1, a blob that survives a power cut. (Whether it is new, what lies
+        there now.) Raises Collision when other bytes with this SHA-1 are stored; they stay."""
+        try:
+            os.fchmod(self._fd, 0o644)
+            os.fsync(self._fd)
+            return self._store.place(self._fd, self._path, sha1)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Drop the temporary file. Doing it again does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            unlink_quietly(self._path)
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.discard()
+
+
+class LocalBlobStore:
+    """The mounted volume. Blocking helpers carry no prefix; the verbs of BlobStore are coroutines around them."""
+
+    def __init__(self, layout: StorageLayout, disk: Disk, volume_id: str | None = None) -> None:
+        """`volume_id`: the volume that must be mounted here for an absent file to count as absent."""
+        self.layout = layout
+        self._volume_id = volume_id
+        self.disk = disk
+        self.token = secrets.token_hex(4)
+        self._numbers = itertools.count()
+        self._directories = Directories(str(layout.root))
+
+    # -- blocking ------------------------------------------------------------------------------------------------
+
+    def check_volume(self) -> None:
+        """Raises Unavailable when another directory than the volume lies here: an unmounted volume looks empty."""
+        if self._volume_id is not None and read_volume_id(self.layout) != self._volume_id:
+            raise Unavailable("the storage volume is not mounted", hint="Mount it; nothing was written meanwhile")
+
+    def draft(self) -> Draft:
+        """A new temporary file on the volume."""
+        try:
+            return Draft(self, self.layout.draft(self.token, next(self._numbers)))
+        except FileNotFoundError:
+            self.check_volume()
+            self.layout.tmp.mkdir(exist_ok=True)
+            return Draft(self, self.layout.draft(self.token, next(self._numbers)))
+
+    def place(self, fd: int, path: str, sha1: Sha1) -> tuple[bool, Fingerprint]:
+        """Link a flushed temporary file to its final name; the last steps of the write recipe."""
+        try:
+            return self._place(fd, path, sha1)
+        except FileNotFoundError:
+            # Somebody removed a directory that was thought to be there.
+            self._directories.forget()
+            self.check_volume()
+            return self._place(fd, path, sha1)
+
+    def _place(self, fd: int, path: str, sha1: Sha1) -> tuple[bool, Fingerprint]:
+        final = self.layout.blob(sha1)
+        directory = final.rpartition("/")[0]
+        pending = self._directories.make(directory)
+        try:
+            try:
+                link_or_rename(path, final)
+                new = True
+            except FileExistsError:
+                new = self._meet(fd, path, final, sha1)
+            fsync_directory(directory)
+            self._directories.flush(directory, pending)
+        except OSError:
+            self._directories.forget()
+            raise
+        if new:
+            return True, Fingerprint.of(os.fstat(fd))
+        return False, Fingerprint.of(os.stat(final, follow_symlinks=False))
+
+    def _meet(self, fd: int, path: str, final: str, sha1: Sha1) -> bool:
+        """The name is taken: by the same bytes (False), by rotten ones (healed, True), or Collision."""
+        stored = self.open(sha1)
+        try:
+            if _same_bytes(fd, stored):
+                # It may have been placed by a process that was killed before its flush, or by an older daemon.
+                os.fsync(stored.fd)
+                return False
+            if stored.sha1() == sha1:
+                raise Collision(
+                    f"other bytes with the SHA-1 {sha1} are stored already; they stay",
+                    hint="Two different files with one SHA-1 are a deliberate collision; store this file elsewhere",
+                )
+        finally:
+            stored.close()
+        self.set_aside(sha1)
+        link_or_rename(path, final)
+        return True
+
+    def open(self, sha1: Sha1) -> OpenFile:
+        """Open a blob's file. Raises OSError; a name that is no regular file counts as absent."""
+        return open_regular(self.layout.blob(sha1))
+
+    def load_small(self, sha1: Sha1, limit: int) -> tuple[bytes | None, OpenFile | None]:
+        """One hop for the common case: (all bytes, None) of a blob up to `limit` bytes, else (None, the open file)."""
+        file = self.open(sha1)
+        size = file.fingerprint.size
+        if size > limit:
+            return None, file
+        try:
+            return file.read(0, size), None
+        finally:
+            file.close()
+
+    def set_aside(self, sha1: Sha1, *, link: bool = False) -> None:
+        """Move a wrong blob, or a wrong link record, to the quarantine, durably."""
+        source = self.layout.link(sha1) if link else self.layout.blob(sha1)
+        self._move(source, f"{self.layout.quarantine}/{shard(sha1)}", os.path.basename(source))
+
+    def throw_away(self, sha1: Sha1) -> bool:
+        """Move a blob to the trash, durably; a link record is removed. False when neither was there."""
+        found = False
+        try:
+            self._move(self.layout.blob(sha1), f"{self.layout.trash}/{shard(sha1)}", sha1)
+            found = True
+        except FileNotFoundError:
+            pass
+        try:
+            os.unlink(self.layout.link(sha1))
+            fsync_directory(os.path.dirname(self.layout.link(sha1)))
+            found = True
+        except FileNotFoundError:
+            pass
+        return found
+
+    def _move(self, source: str, directory: str, name: str) -> None:
+        pending = self._directories.make(directory)
+        os.rename(source, f"{directory}/{name}")
+        fsync_directory(directory)
+        fsync_directory(os.path.dirname(source))
+        self._directories.flush(directory, pending)
+
+    def quarantined(self, sha1: Sha1) -> bool:
+        """Whether a wrong blob or link record of this name was set aside."""
+        path = f"{self.layout.quarantine}/{shard(sha1)}/{sha1}"
+        return os.path.lexists(path) or os.path.lexists(path + ".link")
+
+    def write_link(self, sha1: Sha1, record: bytes) -> None:
+        """Replace the link record of a blob, atomically and durably."""
+        final = self.layout.link(sha1)
+        directory = os.path.dirname(final)
+        pending = self._directories.make(directory)
+        path = self.layout.draft(self.token, next(self._numbers))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                write_all(fd, record)
+                os.fchmod(fd, 0o644)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(path, final)
+        except BaseException:
+            unlink_quietly(path)
+            raise
+        fsync_directory(directory)
+        self._directories.flush(directory, pending)
+
+    def walk(self, after: str = "") -> list[str]:
+        """Names of all blobs and link records (`<sha1>.link`) in one `aa` directory: the first not below `after`'s
+        that has any. Empty at the end. Reading one shard at a time keeps memory bounded."""
+        for aa in sorted(_subdirectories(self.layout.blobs)):
+            if after and aa <= after[:2]:
+                continue
+            names = [
+                entry.name
+                for bb in _subdirectories(self.layout.blobs / aa)
+                for cc in _subdirectories(self.layout.blobs / aa / bb)
+                for entry in _entries(self.layout.blobs / aa / bb / cc)
+                if is_blob_name(entry.name.removesuffix(".link")) and shard(entry.name) == f"{aa}/{bb}/{cc}"
+            ]
+            if names:
+                return sorted(names)
+        return []
+
+    def sweep(self) -> int:
+        """Remove the drafts of processes that ended. Only the one running process has drafts, so all others go."""
+        removed = 0
+        for entry in _entries(self.layout.tmp):
+            mine = entry.name.startswith(f"{DRAFT_PREFIX}{self.token}.")
+            if entry.name.startswith(DRAFT_PREFIX) and entry.name.endswith(DRAFT_SUFFIX) and not mine:
+                os.unlink(entry.path)
+                removed += 1
+        return removed
+
+    def free_bytes(self) -> int:
+        """Bytes that the service's user may still write."""
+        found = os.statvfs(self.layout.root)
+        return found.f_bavail * found.f_frsize
+
+    # -- BlobStore -----------------------------------------------------------------------------------------------
+
+    async def put(self, sha1: Sha1, stream: AsyncIterable[bytes]) -> bool:
+        draft = await self.disk.run(self.draft)
+        try:
+            async for piece in stream:
+                await self.disk.run(draft.write, piece)
+            new, _ = await self.disk.run_long(draft.commit, sha1)
+        finally:
+            await asyncio.shield(self.disk.run(draft.discard))
+        return new
+
+    async def stat(self, sha1: Sha1) -> BlobStat | None:
+        try:
+            found = await self.disk.run(os.stat, self.layout.blob(sha1), follow_symlinks=False)
+        except NotFound:
+            return None
+        return BlobStat(sha1, found.st_size) if S_ISREG(found.st_mode) else None
+
+    async def read(self, sha1: Sha1, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        file = await self.disk.run(self.open, sha1)
+        try:
+            end = file.fingerprint.size if length is None else min(file.fingerprint.size, offset + length)
+            while offset < end:
+                piece = await self.disk.run(file.read, offset, min(PIECE, end - offset))
+                offset += len(piece)
+                yield piece
+        finally:
+            file.close()
+
+    async def list(self, after: str = "", limit: int = 1000) -> list[BlobStat]:
+        found: list[BlobStat] = []
+        # The shard of `after` itself may hold greater names: begin just below it.
+        cursor = f"{int(after[:2], 16) - 1:02x}" if after[:2] > "00" else ""
+        while len(found) < limit and (names := await self.disk.run(self.walk, cursor)):
+            cursor = names[0][:2]
+            for name in names:
+                if name > after and not name.endswith(".link") and len(found) < limit:
+                    stat = await self.stat(Sha1.parse(name))
+                    if stat is not None:
+                        found.append(stat)
+        return found
+
+    async def delete(self, sha1: Sha1) -> bool:
+        return await self.disk.run(self.throw_away, sha1)
+
+    async def close(self) -> None:
+        """The pool belongs to whoever made it."""
+
+
+def open_regular(path: str | Path) -> OpenFile:
+    """Open a regular file without following a link at its end and without blocking on a pipe. Raises OSError.
+
+    ESTALE (a network volume re-exported the file) is tried once more, as the new file handle is usually good.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(errno.ENOENT, "a symbolic link, not a file") from error
+        if error.errno != errno.ESTALE:
+            raise
+        fd = os.open(path, flags)
+    if not S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "not a regular file")
+    return OpenFile(fd)
+
+
+def _same_bytes(fd: int, stored: OpenFile) -> bool:
+    size = os.fstat(fd).st_size
+    if size != stored.fingerprint.size:
+        return False
+    return all(os.pread(fd, PIECE, offset) == os.pread(stored.fd, PIECE, offset) for offset in range(0, size, PIECE))
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+        return list(entries)
+    return []
+
+
+def _subdirectories(path: Path) -> list[str]:
+    return [entry.name for entry in _entries(path) if len(entry.name) == 2 and entry.is_dir(follow_symlinks=False)]

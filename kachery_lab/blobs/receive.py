@@ -1,0 +1,155 @@
+"""The one way in: bytes are hashed and counted while they are written, compared with the claim, then made durable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import dataclass
+
+from kachery_lab.blobs.base import PIECE, BlobStore
+from kachery_lab.blobs.local import Draft, Fingerprint, LocalBlobStore, OpenFile
+from kachery_lab.core.hashing import CHUNK_SIZE, Chunk, ChunkHasher, StreamHasher, WholeHasher
+from kachery_lab.core.ids import Sha1
+from kachery_lab.errors import ContentMismatch, TooLarge
+
+SHA256_LIMIT = 64 << 20
+"""Above this many bytes SHA-256 is left to `verify`; a second arrival is compared byte by byte anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the sender says, or what is allowed. None: nothing said."""
+
+    sha1: Sha1 | None = None
+    size: int | None = None
+    max_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A blob that is durable. `chunks` is empty unless there is more than one."""
+
+    sha1: Sha1
+    sha256: str | None
+    size: int
+    chunks: list[Chunk]
+    new: bool
+    fingerprint: Fingerprint
+
+
+def _hasher(declared: int | None) -> StreamHasher:
+    return StreamHasher(
+        want_sha256=declared is None or declared <= SHA256_LIMIT, want_chunks=declared is None or declared > CHUNK_SIZE
+    )
+
+
+def _received(hasher: StreamHasher, new: bool, fingerprint: Fingerprint) -> Received:
+    chunks = hasher.chunks()
+    return Received(hasher.sha1(), hasher.sha256(), hasher.size, chunks if len(chunks) > 1 else [], new, fingerprint)
+
+
+def _check(claim: Claim, sha1: str, size: int) -> None:
+    if claim.size is not None and size != claim.size:
+        raise ContentMismatch(f"{size} bytes arrived, {claim.size} were announced", hint="Send the whole file again")
+    if claim.sha1 is not None and sha1 != claim.sha1:
+        raise ContentMismatch(f"the bytes have the SHA-1 {sha1}, not {claim.sha1}", hint="Send the right bytes")
+
+
+def _check_limit(claim: Claim, size: int) -> None:
+    if claim.max_size is not None and size > claim.max_size:
+        raise TooLarge(f"more than the allowed {claim.max_size} bytes arrived")
+
+
+def store_bytes(store: LocalBlobStore, data: bytes | bytearray, claim: Claim | None = None) -> Received:
+    """Blocking: store a blob that is in memory already."""
+    claim = claim or Claim()
+    hasher = _hasher(len(data))
+    hasher.update(data)
+    _check(claim, hasher.sha1(), len(data))
+    draft = store.draft()
+    try:
+        draft.write(data)
+        new, fingerprint = draft.commit(hasher.sha1())
+    finally:
+        draft.discard()
+    return _received(hasher, new, fingerprint)
+
+
+async def pieces(stream: AsyncIterable[bytes], size: int = PIECE) -> AsyncIterator[bytearray]:
+    """Regroup a stream into pieces of at least `size` bytes; only the last may be shorter. Never an empty one."""
+    piece = bytearray()
+    async for part in stream:
+        piece += part
+        if len(piece) >= size:
+            yield piece
+            piece = bytearray()
+    if piece:
+        yield piece
+
+
+async def receive(store: LocalBlobStore, stream: AsyncIterable[bytes], claim: Claim) -> Received:
+    """Store what arrives. Raises ContentMismatch when it does not fit the claim, TooLarge over the limit, Collision,
+    StorageFull, Unavailable, and whatever `stream` raises; then nothing is left behind."""
+    source = pieces(stream)
+    first = await anext(source, None) or bytearray()
+    if len(first) < PIECE:
+        _check_limit(claim, len(first))
+        return await store.disk.run(store_bytes, store, first, claim)
+    return await _receive_large(store, first, source, claim)
+
+
+async def _receive_large(
+    store: LocalBlobStore, first: bytearray, source: AsyncIterator[bytearray], claim: Claim
+) -> Received:
+    hasher = _hasher(claim.size)
+    draft = await store.disk.run(store.draft)
+    working: asyncio.Future[tuple[None, None]] | None = None
+    try:
+        piece: bytearray | None = first
+        while piece is not None:
+            _check_limit(claim, hasher.size + len(piece))
+            if hasher.size > SHA256_LIMIT:
+                hasher.whole.drop_sha256()
+            # While these two threads work on one piece the event loop gathers the next: memory holds two.
+            working = asyncio.gather(
+                store.disk.run(hasher.whole.update, piece), store.disk.run(_write, draft, hasher.later, piece)
+            )
+            piece = await anext(source, None)
+            await working
+            working = None
+        _check(claim, hasher.sha1(), hasher.size)
+        new, fingerprint = await store.disk.run_long(draft.commit, hasher.sha1())
+    finally:
+        if working is not None:
+            await asyncio.wait([working])
+            working.cancelled() or working.exception()
+        await asyncio.shield(store.disk.run(draft.discard))
+    return _received(hasher, new, fingerprint)
+
+
+def _write(draft: Draft, later: ChunkHasher | None, piece: bytearray) -> None:
+    draft.write(piece)
+    if later is not None:
+        later.update(piece)
+
+
+def hash_file(file: OpenFile) -> Received:
+    """Blocking: what `receive` would say of a file that is on the volume already. Raises OSError."""
+    size = file.fingerprint.size
+    hasher = _hasher(size)
+    for offset in range(0, size, PIECE):
+        hasher.update(file.read(offset, min(PIECE, size - offset)))
+    return _received(hasher, False, file.fingerprint)
+
+
+async def put_verified(store: BlobStore, sha1: Sha1, stream: AsyncIterable[bytes]) -> bool:
+    """`put` into any store, with the check above it. The bytes go through memory: for small blobs and tests."""
+    data = b"".join([piece async for piece in stream])
+    whole = WholeHasher(want_sha256=False)
+    whole.update(data)
+    _check(Claim(sha1=sha1), whole.sha1(), len(data))
+
+    async def once() -> AsyncIterator[bytes]:
+        yield data
+
+    return await store.put(sha1, once())
