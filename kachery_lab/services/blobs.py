@@ -1,0 +1,388 @@
+"""Storing, reading and deleting blobs: the store on the volume and its index in the database."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, delete, func, select
+from sqlalchemy.dialects.sqlite import insert
+
+from kachery_lab.blobs.local import Fingerprint, LocalBlobStore, OpenFile
+from kachery_lab.blobs.receive import Claim as Claim
+from kachery_lab.blobs.receive import Received, hash_file, receive, store_bytes
+from kachery_lab.core.hashing import Chunk
+from kachery_lab.core.ids import Sha1
+from kachery_lab.core.manifests import manifest_bytes
+from kachery_lab.db.engine import Database
+from kachery_lab.db.models import blobs
+from kachery_lab.errors import LinkChanged, NotFound, Quarantined, StorageFull, Unavailable
+from kachery_lab.services.links import LinkService
+from kachery_lab.services.principals import Principal
+
+FOUND = Principal("operator", "found on the volume")
+SMALL = 1 << 20
+"""Blobs up to this many bytes are hashed on every read."""
+READ_PIECE = 2 << 20
+_KNOWN = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """Answer to a store. `new` is False when the blob was there already."""
+
+    sha1: Sha1
+    size: int
+    manifest_sha1: Sha1 | None
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """An index row, as listings show it."""
+
+    sha1: str
+    size: int
+    sha256: str | None
+    manifest_sha1: str | None
+    stored_at: int
+    stored_by: str
+    origin: str
+
+
+class Content:
+    """Verified bytes that may be served: in memory when small, else an open file whose fingerprint is trusted."""
+
+    __slots__ = ("_disk", "data", "file", "size")
+
+    def __init__(self, store: LocalBlobStore, data: bytes | None, file: OpenFile | None) -> None:
+        self._disk = store.disk
+        self.data = data
+        self.file = file
+        self.size = len(data) if data is not None else file.fingerprint.size if file is not None else 0
+
+    async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes `start` to `end` (exclusive), which must lie inside. Raises Unavailable when the file fails or changes
+        while it is read; the last piece is held back until it is known that it did not."""
+        if self.data is not None:
+            yield self.data[start:end]
+            return
+        assert self.file is not None
+        while start < end:
+            length = min(READ_PIECE, end - start)
+            yield await self._disk.run(self._piece, start, length, start + length == end)
+            start += length
+
+    def _piece(self, offset: int, length: int, last: bool) -> bytes:
+        assert self.file is not None
+        data = self.file.read(offset, length)
+        if last and not self.file.unchanged():
+            raise Unavailable("the file changed while it was read")
+        return data
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class BlobService:
+    """All use of blobs goes through here."""
+
+    def __init__(self, store: LocalBlobStore, database: Database, links: LinkService, *, min_free: int = 0) -> None:
+        self.store_on_volume = store
+        self._database = database
+        self._links = links
+        self._min_free = min_free
+        # What is known to be indexed, with the fingerprint of the last verification: saves a query for each read.
+        self._known: OrderedDict[str, Fingerprint | None] = OrderedDict()
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        # Counts deletions: when it has not moved, what was found on the volume cannot have been deleted meanwhile.
+        self._deletions = 0
+
+    # -- storing -------------------------------------------------------------------------------------------------
+
+    async def store(self, stream: AsyncIterable[bytes], claim: Claim, principal: Principal) -> StoredBlob:
+        """Store a stream, durable on return, its manifest too. Raises what `receive` raises; nothing is left then."""
+        if claim.size is not None and (claim.size > SMALL or self._min_free):
+            free = await self.store_on_volume.disk.run(self.store_on_volume.free_bytes)
+            if claim.size > free - self._min_free:
+                raise StorageFull(f"{claim.size} bytes do not fit on the storage", hint="Free space on the volume")
+        since = self._deletions
+        received = await receive(self.store_on_volume, stream, claim)
+        return await self._index(received, principal, since)
+
+    async def store_bytes(self, data: bytes, principal: Principal) -> StoredBlob:
+        """Store bytes that the server itself made."""
+        since = self._deletions
+        received = await self.store_on_volume.disk.run(store_bytes, self.store_on_volume, data)
+        return await self._index(received, principal, since)
+
+    async def store_open_file(self, file: OpenFile, principal: Principal) -> StoredBlob:
+        """Store a copy of a file that the server can read itself."""
+        content = Content(self.store_on_volume, None, file)
+        return await self.store(content.read(0, content.size), Claim(size=content.size), principal)
+
+    async def store_manifest(self, size: int, sha1: Sha1, chunks: list[Chunk], principal: Principal) -> Sha1 | None:
+        """Store the manifest of a content with these chunks; None when there is no more than one."""
+        if not chunks:
+            return None
+        return (await self.store_bytes(manifest_bytes(size, sha1, chunks), principal)).sha1
+
+    async def _index(self, received: Received, principal: Principal, since: int) -> StoredBlob:
+        manifest = await self.store_manifest(received.size, received.sha1, received.chunks, principal)
+        if not await self._write_row(_row(received, manifest, principal), received.fingerprint, since):
+            raise Unavailable(f"{received.sha1} was deleted while it was stored", retry_after=1)
+        return StoredBlob(received.sha1, received.size, manifest, received.new)
+
+    async def _write_row(self, row: dict[str, Any], fingerprint: Fingerprint, since: int) -> bool:
+        """Index a file; False when it was deleted after `since`, a value of the deletion counter."""
+        sha1: str = row["sha1"]
+        async with self._lock(sha1):
+            if self._deletions != since:
+                path = self.store_on_volume.layout.blob(sha1)
+                if not await self.store_on_volume.disk.run(os.path.lexists, path):
+                    return False
+            await self._database.write(lambda conn: _upsert(conn, row))
+        self._remember(sha1, fingerprint)
+        return True
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def open(self, sha1: Sha1) -> Content:
+        """Verified content of a blob or a linked file; the caller closes it.
+
+        Raises NotFound, Quarantined (the stored bytes are wrong), LinkChanged (the linked file is another one),
+        Unavailable. A file that nobody indexed is verified and indexed now.
+        """
+        since = self._deletions
+        try:
+            data, file = await self.store_on_volume.disk.run(self._load, sha1)
+        except NotFound:
+            return await self._open_elsewhere(sha1)
+        if data is not None:
+            if sha1 not in self._known:
+                await self._index_found(sha1, data, since)
+            return Content(self.store_on_volume, data, None)
+        assert file is not None
+        try:
+            await self._trust(sha1, file, since)
+        except BaseException:
+            file.close()
+            raise
+        return Content(self.store_on_volume, None, file)
+
+    def _load(self, sha1: Sha1) -> tuple[bytes | None, OpenFile | None]:
+        data, file = self.store_on_volume.load_small(sha1, SMALL)
+        if data is not None and hashlib.sha1(data, usedforsecurity=False).hexdigest() != sha1:
+            self._condemn(sha1)
+        return data, file
+
+    def _condemn(self, sha1: Sha1) -> None:
+        """Blocking: move a wrong blob aside. Raises Quarantined."""
+        self.store_on_volume.set_aside(sha1)
+        self._known.pop(sha1, None)
+        raise _quarantined(sha1)
+
+    async def _trust(self, sha1: Sha1, file: OpenFile, since: int) -> None:
+        """Make sure that a large file is the one that was verified, by its fingerprint or by hashing it now."""
+        if sha1 not in self._known:
+            row = await self._database.read(lambda conn: conn.execute(_one(sha1)).one_or_none())
+            if row is not None:
+                self._remember(sha1, None if row.inode is None else _fingerprint(row))
+        if self._known.get(sha1) == file.fingerprint:
+            return
+        digests = await self.store_on_volume.disk.run_long(hash_file, file)
+        if digests.sha1 != sha1:
+            if not await self.store_on_volume.disk.run(file.unchanged):
+                raise Unavailable(f"{sha1} changed while it was verified")
+            await self.store_on_volume.disk.run_long(self._condemn, sha1)
+        await self._write_row(_row(digests, None, FOUND), file.fingerprint, since)
+
+    async def _index_found(self, sha1: Sha1, data: bytes, since: int) -> None:
+        """A small blob that was just verified: index it unless it is."""
+        row = await self._database.read(lambda conn: conn.execute(_one(sha1)).one_or_none())
+        if row is not None:
+            self._remember(sha1, None if row.inode is None else _fingerprint(row))
+            return
+        file = await self.store_on_volume.disk.run(self.store_on_volume.open, sha1)
+        try:
+            sha256 = hashlib.sha256(data).hexdigest()
+            found = Received(sha1, sha256, len(data), [], False, file.fingerprint)
+            await self._write_row(_row(found, None, FOUND), file.fingerprint, since)
+        finally:
+            file.close()
+
+    async def _open_elsewhere(self, sha1: Sha1) -> Content:
+        """No such file: a linked one, a quarantined one, or none."""
+        file = await self._links.open(sha1, SMALL)
+        if file is not None:
+            return await self._linked_content(sha1, file)
+        if await self.store_on_volume.disk.run(self.store_on_volume.quarantined, sha1):
+            raise _quarantined(sha1)
+        await self.store_on_volume.disk.run(self.store_on_volume.check_volume)
+        raise NotFound(f"there is no file with the SHA-1 {sha1} here")
+
+    async def _linked_content(self, sha1: Sha1, file: OpenFile) -> Content:
+        size = file.fingerprint.size
+        if size > SMALL:
+            return Content(self.store_on_volume, None, file)
+        try:
+            data = await self.store_on_volume.disk.run(file.read, 0, size)
+        finally:
+            file.close()
+        # It was verified a moment ago; a file outside the store may change at any time, so what is served is checked.
+        if hashlib.sha1(data, usedforsecurity=False).hexdigest() != sha1:
+            raise LinkChanged("the linked file changed while it was read", hint="Link or store it again")
+        return Content(self.store_on_volume, data, None)
+
+    async def stat(self, sha1: Sha1) -> int:
+        """Size in bytes of what `open` would give, by the same rules and errors."""
+        content = await self.open(sha1)
+        content.close()
+        return content.size
+
+    async def info(self, sha1: Sha1) -> BlobInfo | None:
+        """The index row, or None."""
+        row = await self._database.read(lambda conn: conn.execute(_one(sha1)).one_or_none())
+        return None if row is None else _info(row)
+
+    async def list(self, after: str, limit: int) -> list[BlobInfo]:
+        """Index rows in order of SHA-1, the first greater than `after`."""
+        statement = select(blobs).where(blobs.c.sha1 > after).order_by(blobs.c.sha1).limit(limit)
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return [_info(row) for row in rows]
+
+    # -- keeping the index true ----------------------------------------------------------------------------------
+
+    async def verify(self, sha1: Sha1) -> None:
+        """Hash a stored blob whatever is known of it, and index what was found. Raises NotFound, Quarantined."""
+        since = self._deletions
+        file = await self.store_on_volume.disk.run(self.store_on_volume.open, sha1)
+        try:
+            self._known[sha1] = None
+            await self._trust(sha1, file, since)
+        finally:
+            file.close()
+
+    async def rows_of_shard(self, shard: str) -> dict[str, int]:
+        """Size by SHA-1 of the indexed blobs whose names begin with two hex digits."""
+        statement = select(blobs.c.sha1, blobs.c.size).where(blobs.c.sha1 >= shard, blobs.c.sha1 < f"{shard}g")
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return {row.sha1: row.size for row in rows}
+
+    async def forget_rows(self, names: Sequence[str], link_names: Sequence[str]) -> None:
+        """Drop the rows of blobs and links that the volume no longer has."""
+
+        def forget(conn: Connection) -> None:
+            for name in names:
+                conn.execute(delete(blobs).where(blobs.c.sha1 == name))
+            for name in link_names:
+                self._links.forget(conn, name)
+
+        await self._database.write(forget)
+        for name in names:
+            self._known.pop(name, None)
+
+    # -- deleting ------------------------------------------------------------------------------------------------
+
+    async def delete(self, sha1: Sha1) -> None:
+        """Take a blob, or a link, away: the row first, then the file into the trash, durably. Raises NotFound."""
+        async with self._lock(sha1):
+
+            def forget(conn: Connection) -> int:
+                rows = conn.execute(delete(blobs).where(blobs.c.sha1 == sha1)).rowcount
+                return rows + self._links.forget(conn, sha1)
+
+            rows = await self._database.write(forget)
+            self._deletions += 1
+            self._known.pop(sha1, None)
+            found = await asyncio.shield(self.store_on_volume.disk.run_long(self.store_on_volume.throw_away, sha1))
+        if not rows and not found:
+            raise NotFound(f"there is no file with the SHA-1 {sha1} here")
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _lock(self, sha1: str) -> AsyncIterator[None]:
+        """One commit or deletion of a name at a time; locks exist only while somebody wants them."""
+        lock, users = self._locks.get(sha1, (asyncio.Lock(), 0))
+        self._locks[sha1] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks[sha1]
+            if users == 1:
+                del self._locks[sha1]
+            else:
+                self._locks[sha1] = (lock, users - 1)
+
+    def _remember(self, sha1: str, fingerprint: Fingerprint | None) -> None:
+        self._known[sha1] = fingerprint
+        self._known.move_to_end(sha1)
+        if len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+
+
+def _one(sha1: str) -> Select[Any]:
+    return select(blobs).where(blobs.c.sha1 == sha1)
+
+
+def _fingerprint(row: Row[Any]) -> Fingerprint:
+    return Fingerprint(row.size, row.mtime_ns, row.ctime_ns, row.inode)
+
+
+def _quarantined(sha1: str) -> Quarantined:
+    return Quarantined(
+        f"the stored bytes of {sha1} were damaged and are set aside", hint="Store the right file again; that heals it"
+    )
+
+
+def _info(row: Row[Any]) -> BlobInfo:
+    return BlobInfo(row.sha1, row.size, row.sha256, row.manifest_sha1, row.stored_at, row.stored_by, row.origin)
+
+
+def _row(received: Received, manifest: Sha1 | None, principal: Principal) -> dict[str, Any]:
+    now = int(time.time() * 1000)
+    return {
+        "sha1": received.sha1,
+        "sha256": received.sha256,
+        "size": received.size,
+        "stored_at": now,
+        "stored_by": principal.name,
+        "stored_from": principal.peer,
+        "origin": "local",
+        "manifest_sha1": manifest,
+        "mtime_ns": received.fingerprint.mtime_ns,
+        "ctime_ns": received.fingerprint.ctime_ns,
+        "inode": received.fingerprint.inode,
+        "verified_at": now,
+    }
+
+
+def _upsert(conn: Connection, row: dict[str, Any]) -> None:
+    """Insert a row, or renew what verification found in the one that is there. Who stored it first stays."""
+    statement = insert(blobs)
+    new = statement.excluded
+    conn.execute(
+        statement.on_conflict_do_update(
+            index_elements=[blobs.c.sha1],
+            set_={
+                "sha256": func.coalesce(new.sha256, blobs.c.sha256),
+                "manifest_sha1": func.coalesce(new.manifest_sha1, blobs.c.manifest_sha1),
+                "size": new.size,
+                "mtime_ns": new.mtime_ns,
+                "ctime_ns": new.ctime_ns,
+                "inode": new.inode,
+                "verified_at": new.verified_at,
+            },
+        ),
+        row,
+    )

@@ -1,0 +1,44 @@
+"""Who is asking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kachery_lab.errors import Forbidden
+
+Kind = Literal["local", "browser", "user", "operator"]
+SCOPES = ("client", "read", "write", "channel-owner", "admin", "metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An authenticated caller.
+
+    `local` holds the code from `client-auth`, `browser` one of the additional codes, `user` a token, and `operator`
+    reached the admin socket, which only the server's own user can open. `peer` is the network address, if any.
+    """
+
+    kind: Kind
+    name: str
+    scopes: frozenset[str] = field(default_factory=frozenset)
+    peer: str | None = None
+
+    def may(self, scope: str) -> bool:
+        """Whether the caller holds a scope. The operator holds all; a local client may do what `client` may."""
+        return self.kind == "operator" or scope in self.scopes
+
+    def require(self, *scopes: str) -> None:
+        """Raises Forbidden unless the caller holds one of the scopes."""
+        if not any(self.may(scope) for scope in scopes):
+            raise Forbidden(
+                f"this needs the scope {' or '.join(scopes)}", hint="Ask an admin for a token with that scope"
+            )
+
+
+def local(peer: str | None) -> Principal:
+    """The local lab client: acts as the node."""
+    return Principal("local", "local", frozenset({"client"}), peer)
+
+
+OPERATOR = Principal("operator", "operator")
