@@ -1,0 +1,69 @@
+"""The application: routes, middleware, lifespan. No logic."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kachery_lab.http import admin, health, v1
+from kachery_lab.http.bodies import JsonBudget
+from kachery_lab.http.context import SOCKET_STATE
+from kachery_lab.http.errors import EXCEPTION_HANDLERS
+from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, SafetyHeaders, Unexpected
+from kachery_lab.http.protocols import daemon2021
+from kachery_lab.node import Node
+
+
+def create_app(node: Node) -> Starlette:
+    """The application of an open node; starting and closing the node is its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await node.start()
+        try:
+            yield
+        finally:
+            await node.close()
+
+    settings = node.settings
+    app = Starlette(
+        routes=[*daemon2021.routes(), *v1.routes(), *admin.routes(), *health.routes(node.problems)],
+        middleware=[
+            Middleware(RequestLog),
+            Middleware(Unexpected),
+            Middleware(SafetyHeaders),
+            Middleware(Cors, origins=settings.cors_origins),
+            Middleware(HostCheck, allowed=_own_names(settings.public_url, settings.allowed_hosts)),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=lifespan,
+    )
+    app.state.node = node
+    app.state.budget = JsonBudget(total=settings.max_json_total)
+    return app
+
+
+def _own_names(public_url: str | None, configured: tuple[str, ...]) -> list[str]:
+    """Names under which this machine may be addressed. In a container its host's names have to be configured."""
+    names = [socket.gethostname(), socket.getfqdn(), *configured]
+    if public_url and (name := urlsplit(public_url).hostname):
+        names.append(name)
+    return names
+
+
+class AdminSocket:
+    """The same application for the socket that only the server's own user can open: its callers are the operator."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope.setdefault("state", {})[SOCKET_STATE] = True
+        await self._app(scope, receive, send)

@@ -1,0 +1,39 @@
+"""Options that several commands share; each is a setting, and beats the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+_OPTIONS = [
+    click.option("--storage-dir", metavar="DIR", help="Storage directory (KACHERY_STORAGE_DIR)"),
+    click.option("--metadata-dir", metavar="DIR", help="Directory of the database, on a local disk"),
+]
+_SERVER = [
+    click.option("--port", type=int, metavar="PORT", help="TCP port (KACHERY_DAEMON_PORT)"),
+    click.option("--bind", metavar="ADDRESSES", help="Addresses to listen on, separated by commas"),
+    click.option("--label", metavar="LABEL", help="Name of this node"),
+    click.option("--owner", metavar="USER", help="User who owns this node"),
+    click.option("--auth-group", metavar="GROUP", help="Group whose members may use this node"),
+    click.option("--log-format", type=click.Choice(["json", "console"]), help="Form of the log"),
+]
+
+
+def _apply(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def storage_options(command: Command) -> Command:
+    """Where the storage and the database are."""
+    return _apply(_OPTIONS, command)
+
+
+def server_options(command: Command) -> Command:
+    """What a running server needs as well."""
+    return _apply([*_OPTIONS, *_SERVER], command)

@@ -1,0 +1,188 @@
+"""`kachery-lab start`: run the node until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import click
+import structlog
+import uvicorn
+
+from kachery_lab.app import AdminSocket, create_app
+from kachery_lab.cli.options import server_options
+from kachery_lab.errors import StartRefused
+from kachery_lab.http.server import build_server
+from kachery_lab.node import Node, open_node
+from kachery_lab.observability import logging
+from kachery_lab.settings import Settings, load_settings
+
+log = structlog.get_logger(__name__)
+
+
+@click.command()
+@server_options
+def start(**flags: Any) -> None:
+    """Run the node. SIGTERM finishes running requests and ends with exit code 0."""
+    run_server(load_settings(flags))
+
+
+def run_server(settings: Settings) -> None:
+    """Open the node, listen, serve until told to stop. Raises StartRefused."""
+    # Every file's mode is stated where it is made; a strict umask would hide blobs from clients that mount them.
+    os.umask(0o022)
+    logging.configure(settings.log_format, settings.log_level)
+    # Before the node is opened: a port that is taken must not cost a volume check.
+    sockets = listen(settings)
+    node = open_node(settings)
+    log.info("self-check", **node.report)
+    if node.report["warning"]:
+        log.warning(node.report["warning"])
+    click.echo(welcome(node, sockets))
+    sys.stdout.flush()
+    asyncio_run(_serve(node, sockets))
+
+
+def asyncio_run(work: Any) -> None:
+    """Run on uvloop."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)
+
+
+async def _serve(node: Node, sockets: list[socket.socket]) -> None:
+    app = create_app(node)
+    server = build_server(app, cors_origins=node.settings.cors_origins)
+    operator = build_server(AdminSocket(app), cors_origins=())
+    operator.config.lifespan = "off"
+    _catch_signals(node, server)
+    for one in (server, operator):
+        # uvicorn would raise the signal again after a clean end, and the exit code would not be 0.
+        one.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    halting = asyncio.create_task(_stop_when_told(node, server))
+    admin = asyncio.create_task(_serve_operator(node, operator, server))
+    try:
+        await server.serve(sockets=sockets)
+    finally:
+        operator.should_exit = True
+        halting.cancel()
+        await asyncio.gather(admin, halting, return_exceptions=True)
+
+
+def _catch_signals(node: Node, server: uvicorn.Server) -> None:
+    """The first SIGTERM or SIGINT finishes running requests; a second one does not wait for them."""
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+        node.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+
+
+async def _stop_when_told(node: Node, server: uvicorn.Server) -> None:
+    await node.stopping.wait()
+    server.should_exit = True
+
+
+async def _serve_operator(node: Node, operator: uvicorn.Server, server: uvicorn.Server) -> None:
+    """The admin socket, 0600, for as long as the server runs."""
+    while not server.started:  # noqa: ASYNC110 (uvicorn has a flag and no event)
+        await asyncio.sleep(0.01)
+    path = str(node.metadata.admin_socket)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(path)
+    except OSError as error:
+        # Paths of sockets are short (107 bytes); the server works without one, its CLI then stops it first.
+        log.warning("there is no admin socket", path=path, reason=str(error))
+        listener.close()
+        return
+    finally:
+        os.umask(before)
+    try:
+        await operator.serve(sockets=[listener])
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def listen(settings: Settings) -> list[socket.socket]:
+    """Bound sockets. An address family that the machine does not have is left out as long as another one works.
+
+    Raises StartRefused.
+    """
+    sockets: list[socket.socket] = []
+    port, problems = settings.port, []
+    for address in settings.bind:
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(
+                address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            bound = socket.socket(family, kind)
+        except OSError as error:
+            problems.append(f"{address}: {error.strerror or error}")
+            continue
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            bound.bind(place)
+        except OSError as error:
+            bound.close()
+            if error.errno in (98, 13):
+                for other in sockets:
+                    other.close()
+                raise StartRefused(
+                    f"port {port} on {address} cannot be used: {error.strerror}",
+                    hint="Choose another with KACHERY_DAEMON_PORT, or stop what uses it",
+                ) from None
+            problems.append(f"{address}: {error.strerror}")
+            continue
+        # Port 0 is chosen once and then the same for all addresses.
+        port = bound.getsockname()[1]
+        bound.set_inheritable(False)
+        sockets.append(bound)
+    if not sockets:
+        raise StartRefused("no address to listen on: " + "; ".join(problems), hint="Set KACHERY_LAB_BIND")
+    return sockets
+
+
+def welcome(node: Node, sockets: list[socket.socket]) -> str:
+    """What a person wants to know first."""
+    port = sockets[0].getsockname()[1]
+    lines = [
+        "kachery-lab is running.",
+        "",
+        f"  node id   {node.identity.node_id}",
+        f"  label     {node.identity.label}",
+        f"  owner     {node.identity.owner or '(none; set --owner)'}",
+        f"  storage   {node.storage.root}",
+        f"  metadata  {node.metadata.root}",
+        f"  URL       http://localhost:{port}",
+        "",
+        "For a client on this machine:",
+        "",
+        f"  export KACHERY_DAEMON_PORT={port}",
+        f"  export KACHERY_STORAGE_DIR={node.settings.advertised}",
+        "",
+    ]
+    if all(address in ("127.0.0.1", "::1", "localhost") for address in node.settings.bind):
+        lines += [
+            "Only this machine can reach it. To open it to the lab, on a trusted network:",
+            "",
+            "  KACHERY_LAB_BIND=0.0.0.0,:: KACHERY_LAB_AUTH_GROUP=<group> kachery-lab start",
+            "",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""HTTP: listening, limits, request bodies, error statuses and the published protocols."""

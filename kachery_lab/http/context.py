@@ -1,0 +1,53 @@
+"""What every room needs of a request: the node, the caller's address and credentials."""
+
+from __future__ import annotations
+
+from starlette.requests import HTTPConnection
+
+from kachery_lab.errors import Unauthenticated
+from kachery_lab.http.bodies import JsonBudget
+from kachery_lab.node import Node
+from kachery_lab.services.principals import OPERATOR, Principal
+
+CODE_HEADER = "kachery-client-auth-code"
+SOCKET_STATE = "from_admin_socket"
+"""Set in the connection's state by the listener of the admin socket, and by nothing that a client sends."""
+
+
+def node_of(request: HTTPConnection) -> Node:
+    """The node that this application serves."""
+    node: Node = request.app.state.node
+    return node
+
+
+def budget_of(request: HTTPConnection) -> JsonBudget:
+    """The bound on JSON in memory, shared by all requests."""
+    budget: JsonBudget = request.app.state.budget
+    return budget
+
+
+def peer_of(request: HTTPConnection) -> str | None:
+    """The caller's address without its port."""
+    return request.client.host if request.client else None
+
+
+def bearer(request: HTTPConnection) -> str | None:
+    """The token of an Authorization header, None when there is none of that kind."""
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" and value.strip() else None
+
+
+def authenticate(request: HTTPConnection) -> Principal:
+    """The caller, by token, client code or admin socket. Raises Unauthenticated or TooManyRequests."""
+    if request.scope.get("state", {}).get(SOCKET_STATE):
+        return OPERATOR
+    access, peer = node_of(request).access, peer_of(request)
+    token = bearer(request)
+    if token is not None:
+        return access.by_token(token, peer)
+    code = request.headers.get(CODE_HEADER)
+    if code:
+        return access.by_code(code, peer)
+    raise Unauthenticated(
+        "this needs a credential", hint="Send `Authorization: Bearer <token>` or `KACHERY-CLIENT-AUTH-CODE: <code>`"
+    )

@@ -1,0 +1,1 @@
+"""One room per published protocol, always with the same drawers. Removing a generation is deleting a folder."""

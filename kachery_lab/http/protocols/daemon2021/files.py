@@ -1,0 +1,107 @@
+"""Files: in, linked, located and out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from kachery_lab.core.ids import ChannelName, FileKey, parse_fields, parse_whole_number
+from kachery_lab.errors import InvalidInput, KacheryLabError
+from kachery_lab.http.bodies import optional, require_fields, required
+from kachery_lab.http.context import node_of
+from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
+from kachery_lab.http.protocols.daemon2021.errors import to_text
+from kachery_lab.http.protocols.daemon2021.translate import body_of, frame, stored
+from kachery_lab.http.responses import ContentResponse
+from kachery_lab.services.blobs import Claim
+from kachery_lab.services.files import FileService
+from kachery_lab.services.principals import Principal
+
+_STORE_FILE = {"localFilePath": required(str)}
+_LINK_FILE = {"localFilePath": required(str), "size": required(float), "mtime": required(float)}
+_LOAD_FILE = (frozenset({"fileKey"}), frozenset({"channelName"}))
+_DOWNLOAD = {"fileKey": required(dict), "startByte": optional(float), "endByte": optional(float)}
+
+
+async def store(request: Request) -> Response:
+    """The body, whatever its content type, becomes a blob."""
+    principal = browser_class(request)
+    declared = request.headers.get("content-length")
+    claim = Claim(size=int(declared) if declared is not None else None)
+    return stored(await node_of(request).blobs.store(request.stream(), claim, principal))
+
+
+async def store_file(request: Request) -> Response:
+    """A copy of a file that the server can read itself."""
+    principal = local_class(request)
+    node = node_of(request)
+    async with body_of(request) as body:
+        fields = require_fields(body, _STORE_FILE)
+    file = await node.links.open_path(fields["localFilePath"])
+    try:
+        return stored(await node.blobs.store_open_file(file, principal))
+    finally:
+        file.close()
+
+
+async def link_file(request: Request) -> Response:
+    """A file registered in place."""
+    principal = local_class(request)
+    node = node_of(request)
+    async with body_of(request) as body:
+        fields = require_fields(body, _LINK_FILE)
+    size = parse_whole_number(fields["size"], "size")
+    # `mtime` stays the number that was sent: the client compares it with os.stat bit for bit.
+    return stored(await node.links.link(node.blobs, fields["localFilePath"], size, fields["mtime"], principal))
+
+
+async def load_file(request: Request) -> Response:
+    """Where a file lies that the client can open. Refusals after the credential are in-band, as the client expects."""
+    principal = browser_class(request)
+    async with body_of(request) as body:
+        messages = _load(node_of(request).files, body, principal)
+        first = await anext(messages)
+    return StreamingResponse(_frames(first, messages), headers={"cache-control": "no-store"})
+
+
+async def _frames(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for message in rest:
+        yield message
+
+
+async def _load(files: FileService, body: object, principal: Principal) -> AsyncIterator[bytes]:
+    try:
+        fields = parse_fields(body, "the body", *_LOAD_FILE)
+        key = FileKey.parse(fields["fileKey"], "fileKey")
+        if "channelName" in fields:
+            ChannelName.parse(fields["channelName"], "channelName")
+        path = await files.locate(key, principal)
+    except KacheryLabError as error:
+        yield frame({"type": "error", "error": to_text(error)})
+        return
+    yield frame({"type": "progress", "bytesLoaded": 0, "bytesTotal": 0})
+    yield frame({"type": "finished", "localFilePath": path})
+
+
+async def download_file_data(request: Request) -> Response:
+    """Bytes of a file, or of a chunk of one; both ends of a range or none."""
+    browser_class(request)
+    async with body_of(request) as body:
+        fields = require_fields(body, _DOWNLOAD)
+        key = FileKey.parse(fields["fileKey"], "fileKey")
+    content, first, last = await node_of(request).files.open(key)
+    try:
+        start, end = first, last
+        if "startByte" in fields and "endByte" in fields:
+            start = first + parse_whole_number(fields["startByte"], "startByte")
+            end = min(first + parse_whole_number(fields["endByte"], "endByte"), last)
+            if fields["startByte"] > fields["endByte"]:
+                raise InvalidInput("startByte: expected a number not above endByte")
+            start = min(start, end)
+    except BaseException:
+        content.close()
+        raise
+    return ContentResponse(content, start, end, 200, {"cache-control": "no-store"})

@@ -1,0 +1,106 @@
+"""Blobs as HTTP answers: single ranges, strong ETag, no thread hop more than needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kachery_lab.core.ids import Sha1
+from kachery_lab.errors import RangeNotSatisfiable
+from kachery_lab.services.blobs import Content
+
+_RANGE = re.compile(r"bytes=[ \t]*(\d{0,19})-(\d{0,19})[ \t]*", re.ASCII | re.IGNORECASE)
+IMMUTABLE = "private, max-age=31536000, immutable"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes `start` to `end` (exclusive) of `size`."""
+
+    start: int
+    end: int
+    size: int
+
+    def header(self) -> str:
+        """The value of Content-Range."""
+        return f"bytes {self.start}-{self.end - 1}/{self.size}"
+
+
+def parse_range(header: str | None, size: int) -> Range | None:
+    """The range to send; None: the whole. A header of another form, or with several ranges, is ignored, as the
+    standard allows. Raises RangeNotSatisfiable."""
+    match = _RANGE.fullmatch(header) if header else None
+    if match is None or match.group(0).strip().endswith("=-"):
+        return None
+    first, last = match.group(1), match.group(2)
+    if not first and not last:
+        return None
+    if not first:
+        start, end = max(size - int(last), 0), size
+    else:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            return None
+    if start >= size or start >= end:
+        raise RangeNotSatisfiable(f"the file has {size} bytes; the range begins behind them", size=size)
+    return Range(start, end, size)
+
+
+def etag(sha1: Sha1) -> str:
+    """A blob's strong validator is its name."""
+    return f'"{sha1}"'
+
+
+def matches(header: str | None, tag: str) -> bool:
+    """Whether an If-None-Match header names this tag."""
+    if header is None:
+        return False
+    names = [part.strip().removeprefix("W/") for part in header.split(",")]
+    return tag in names or "*" in names
+
+
+class ContentResponse(Response):
+    """Sends a part of verified content and closes it. A failure on the way ends the connection: the client sees fewer
+    bytes than were announced, never other ones."""
+
+    def __init__(self, content: Content, start: int, end: int, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(None, status, headers, "application/octet-stream")
+        self.headers["content-length"] = str(end - start)
+        self._content = content
+        self._start = start
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            if scope["method"] != "HEAD":
+                async for piece in self._content.read(self._start, self._end):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._content.close()
+
+
+def blob_response(sha1: Sha1, content: Content, request_headers: Mapping[str, str]) -> Response:
+    """The answer to GET or HEAD of a blob: 200, 206 or 304. Raises RangeNotSatisfiable. Takes over `content`."""
+    tag = etag(sha1)
+    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": IMMUTABLE}
+    if matches(request_headers.get("if-none-match"), tag):
+        content.close()
+        return Response(None, 304, headers)
+    wanted = request_headers.get("range")
+    if wanted and request_headers.get("if-range", tag) != tag:
+        wanted = None
+    try:
+        part = parse_range(wanted, content.size)
+    except RangeNotSatisfiable:
+        content.close()
+        raise
+    if part is None:
+        return ContentResponse(content, 0, content.size, 200, headers)
+    headers["content-range"] = part.header()
+    return ContentResponse(content, part.start, part.end, 206, headers)

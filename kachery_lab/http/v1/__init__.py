@@ -1,0 +1,27 @@
+"""Our own API.
+
+| route | who | answer |
+|---|---|---|
+| `GET /api/v1/info` | anyone; more with a credential | what this server is |
+| `GET /api/v1/blobs?after=&limit=` | auth code, or token with scope `client` or `admin` | index rows in order |
+| `PUT /api/v1/blobs/{sha1}` | the same | 201 new, 200 known, 422 other bytes |
+| `GET`, `HEAD /api/v1/blobs/{sha1}` | the same | ranges, ETag, 304 |
+| `DELETE /api/v1/blobs/{sha1}` | token with scope `admin` | 204; the file goes to the trash |
+"""
+
+from __future__ import annotations
+
+from starlette.routing import BaseRoute, Route
+
+from kachery_lab.http.v1 import blobs, info
+
+
+def routes() -> list[BaseRoute]:
+    """Every address of this room."""
+    return [
+        Route("/api/v1/info", info.show, methods=["GET"]),
+        Route("/api/v1/blobs", blobs.list_blobs, methods=["GET"]),
+        Route("/api/v1/blobs/{sha1}", blobs.read, methods=["GET"]),
+        Route("/api/v1/blobs/{sha1}", blobs.put, methods=["PUT"]),
+        Route("/api/v1/blobs/{sha1}", blobs.remove, methods=["DELETE"]),
+    ]

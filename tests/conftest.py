@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers import RunningNode
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[Callable[..., RunningNode]]:
+    """Makes servers, not started; they are killed at the end."""
+    nodes: list[RunningNode] = []
+
+    def make(name: str = "node", **more: Any) -> RunningNode:
+        storage = more.pop("storage", tmp_path / name / "storage")
+        metadata = more.pop("metadata", tmp_path / name / "metadata")
+        for directory in (storage, metadata):
+            directory.mkdir(parents=True, exist_ok=True)
+        node = RunningNode(storage, metadata, **more)
+        nodes.append(node)
+        return node
+
+    yield make
+    for node in nodes:
+        node.kill()
+
+
+@pytest.fixture
+def node(make_node: Callable[..., RunningNode]) -> RunningNode:
+    """A running server."""
+    return make_node().start()
