@@ -23,6 +23,8 @@ from kachery_lab.node import Node
 def create_app(node: Node) -> Starlette:
     """The application of an open node; starting and closing the node is its lifespan."""
 
+    budget = JsonBudget(max(node.settings.max_json_total, node.settings.max_json), largest=node.settings.max_json)
+
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await node.start()
@@ -30,22 +32,23 @@ def create_app(node: Node) -> Starlette:
             yield
         finally:
             await node.close()
+            budget.close()
 
     settings = node.settings
     app = Starlette(
         routes=[*daemon2021.routes(), *v1.routes(), *admin.routes(), *health.routes(node.problems)],
         middleware=[
             Middleware(RequestLog),
-            Middleware(Unexpected),
-            Middleware(SafetyHeaders),
             Middleware(Cors, origins=settings.cors_origins),
+            Middleware(SafetyHeaders),
             Middleware(HostCheck, allowed=_own_names(settings.public_url, settings.allowed_hosts)),
+            Middleware(Unexpected),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
     app.state.node = node
-    app.state.budget = JsonBudget(total=settings.max_json_total)
+    app.state.budget = budget
     return app
 
 

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
         default={}, description="`host=container` pairs that turn the paths clients send into paths of the server"
     )
     min_free: Size = Field(default=0, description="Bytes that stay free on the storage; below, uploads get 507")
-    max_json: Size = Field(default=100_000_000, description="Largest JSON request body")
+    max_json: Annotated[Size, Field(gt=0)] = Field(default=100_000_000, description="Largest JSON request body")
     max_json_total: Size = Field(default=256_000_000, description="JSON bodies in memory at once; the rest wait")
     disk_deadline: float = Field(default=30.0, gt=0, description="Seconds that one disk operation may take")
     allowed_hosts: Names = Field(default=(), description="Further names under which this server may be addressed")
