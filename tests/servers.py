@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass
 class RunningNode:
-    """`kachery-lab start` on a directory. `env` overrides settings; `prefix` is a command that runs it (strace, ...)."""
+    """`kachery-lab start` on a directory. `env` overrides settings; `prefix` is a command that runs it."""
 
     storage: Path
     metadata: Path
