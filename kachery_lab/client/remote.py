@@ -103,9 +103,9 @@ class RemoteBlobStore:
             wanted = min(limit - len(found), PAGE)
             query = f"?limit={wanted}" + (f"&after={after}" if after else "")
             async with self._ask("GET", f"/api/v1/blobs{query}", {200}) as response:
-                page = _page(await _json(response), after)
-            found += page
-            if len(page) < wanted:
+                page, more = _page(await _json(response), after)
+            found += page[:wanted]
+            if not more or not page:
                 break
             after = page[-1].sha1
         return found
@@ -168,9 +168,11 @@ async def _json(response: httpx2.Response) -> object:
         return None
 
 
-def _page(body: object, after: str) -> list[BlobStat]:
-    """The rows of a listing. Raises Unavailable for what is none, or does not go on from `after` in order."""
+def _page(body: object, after: str) -> tuple[list[BlobStat], bool]:
+    """(The rows of a listing, whether more follow). Raises Unavailable for what is none, or does not go on from
+    `after` in order."""
     rows = body.get("blobs") if isinstance(body, dict) else None
+    more = isinstance(body, dict) and body.get("next") is not None
     found: list[BlobStat] = []
     for row in rows if isinstance(rows, list) else [None]:
         name, size = (row.get("sha1"), row.get("size")) if isinstance(row, dict) else (None, None)
@@ -179,7 +181,7 @@ def _page(body: object, after: str) -> list[BlobStat]:
             raise Unavailable("the other node's list of blobs cannot be read")
         after = name
         found.append(BlobStat(Sha1(name), size))
-    return found
+    return found, more
 
 
 async def _pieces(sha1: Sha1, response: httpx2.Response, offset: int, length: int | None) -> AsyncGenerator[bytes]:

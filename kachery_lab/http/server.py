@@ -23,6 +23,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kachery_lab.errors import HeadersTooLarge, InvalidInput, KacheryLabError, Unavailable
+from kachery_lab.http.chunks import ChunkScanner
 from kachery_lab.http.deadlines import EdgeLimits, RequestTooSlow, Sweeper, Swept
 from kachery_lab.http.errors import PROBLEM_TYPE, problem_document, problem_headers
 from kachery_lab.http.middleware import allow_origin
@@ -57,6 +58,7 @@ class GuardedProtocol(HttpToolsProtocol, Swept):
         self._between_chunks = 0  # bytes since the last one of the body: chunk sizes, extensions, trailers
         self._trailers = 0
         self._dropped = 0  # bytes of a body that came after the answer
+        self._chunks = ChunkScanner()
         self._keep_alive_after_100 = False
         self._deferred: tuple[int, KacheryLabError] | None = None
         self._ends_at = 0.0
@@ -150,6 +152,7 @@ class GuardedProtocol(HttpToolsProtocol, Swept):
             self._left = head.length
             self._received = self._window_received = self._between_chunks = self._trailers = self._dropped = 0
             self._window = self.sweeper.now
+            self._chunks = ChunkScanner()
             if head.expects_100:
                 # An answer before `100 Continue` leaves open whether the body will come: then the connection closes.
                 self._keep_alive_after_100 = self.cycle.keep_alive
@@ -175,15 +178,25 @@ class GuardedProtocol(HttpToolsProtocol, Swept):
             self._refuse(400, InvalidInput("Invalid HTTP request."))
 
     def _chunk_data(self, data: bytes) -> None:
-        self._received += len(data)
-        self._between_chunks += len(data)
-        self._feed(data)
-        if self._state != _CHUNKED:
-            return
+        # The end of the body is the end of a piece for the parser: what follows is a head, and is checked as one. A
+        # client that got an early answer sends its next request right behind the end.
+        end = self._chunks.end(data)
+        self._received += end
+        self._between_chunks += end
+        self._feed(data if end == len(data) else data[:end])
+        rest = data[end:]
+        if self._state == _HEAD and rest:
+            self.data_received(rest)
+        elif self._state == _CHUNKED:
+            self._check_chunked(end)
+            if self._state == _CHUNKED and rest:
+                self._refuse(400, InvalidInput("Invalid HTTP request."))
+
+    def _check_chunked(self, size: int) -> None:
         if self._between_chunks > self.limits.max_header_bytes:
             self._refuse(431, HeadersTooLarge("Too many bytes between the chunks of a body or after them."))
         elif self.cycle.response_complete:
-            self._dropped += len(data)
+            self._dropped += size
             if self._dropped > self.limits.max_drain:
                 self._end()
 

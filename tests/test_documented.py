@@ -1,0 +1,64 @@
+"""Whatever a person can set, type or be told is in the documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from kachery_lab import errors
+from kachery_lab.cli import cli
+from kachery_lab.client.problems import error_classes
+from kachery_lab.settings import Settings, is_secret, variable
+
+ROOT = Path(__file__).parents[1]
+
+
+def documentation() -> str:
+    return "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))])
+
+
+def commands(group: click.Group, name: str) -> Iterator[str]:
+    for word, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} {word}")
+        else:
+            yield f"{name} {word}"
+
+
+def variables() -> list[str]:
+    names = [variable(field) for field in Settings.model_fields]
+    return names + [variable(field) + "_FILE" for field in Settings.model_fields if is_secret(field)]
+
+
+CODES = sorted({kind.code for kind in error_classes() if kind.__module__ == errors.__name__} - {"error"})
+"""The base class is never raised itself, so nobody is told its code."""
+
+
+def mentions(text: str, word: str) -> bool:
+    """Whether a whole word is there; the end of a longer name does not count."""
+    return re.search(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])", text) is not None
+
+
+@pytest.mark.parametrize("name", variables())
+def test_every_setting(name):
+    assert mentions(documentation(), name)
+
+
+@pytest.mark.parametrize("name", [*commands(cli, "kachery-lab"), "kachery-daemon-start", "kachery-daemon-info"])
+def test_every_command(name):
+    assert mentions(documentation(), name)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_error_code(code):
+    assert mentions(documentation(), code)
+
+
+def test_no_setting_is_documented_that_is_none():
+    named = set(re.findall(r"(?<![A-Z_])KACHERY_LAB_[A-Z0-9_]*[A-Z0-9]", documentation()))
+    for_development = {"KACHERY_LAB_BENCH_DIR", "KACHERY_LAB_SHARED_VECTORS"}
+    assert named - for_development <= set(variables())
