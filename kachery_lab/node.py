@@ -29,7 +29,9 @@ from kachery_lab.blobs.volume import (
     ensure_directory,
     group_id,
     read_volume_id,
+    require_access,
     require_writable,
+    sweep_leftovers,
     write_volume_id,
 )
 from kachery_lab.core.ids import NodeLabel
@@ -52,7 +54,7 @@ from kachery_lab.services.principals import OPERATOR
 from kachery_lab.services.stats import Stats
 from kachery_lab.services.tokens import TokenService, new_secret
 from kachery_lab.services.watches import WatchService
-from kachery_lab.settings import Settings
+from kachery_lab.settings import Settings, secret_files
 
 FEEDS_LOG = "feeds_log"
 RECORDS_LOG = "records_log"
@@ -101,7 +103,8 @@ class Node:
         found, codes = await self.mutables.get(OTHER_CODES, OPERATOR)
         self.access.set_other_codes(codes if found else None)
         await self.access.start()
-        swept = await self.disk.run(self.store.sweep)
+        swept = await self.disk.run(self.store.sweep) + await self.disk.run(sweep_leftovers, self.storage.root)
+        swept += await asyncio.to_thread(sweep_leftovers, self.metadata.root)
         if swept:
             log.info("temporary files of an earlier run were removed", files=swept)
         for work in (self.access.keep_rotating(), self._heartbeat(), self._prune()):
@@ -217,11 +220,12 @@ def _open(node: Node, settings: Settings, rebuild: bool) -> None:
     node.facts = Facts(node.database)
     node.volume_id = found or write_volume_id(storage)
     node.identity = open_identity(storage, settings.node_key_file, _label(settings.label), settings.owner)
+    if known is None and not rebuild:
+        # Before the logs are made: a first start that is killed there must not look like a volume without its database.
+        node.facts.set_sync(VOLUME_ID, node.volume_id)
     node.disk = Disk(deadline=settings.disk_deadline)
     node._stack.callback(node.disk.close)
     replayed = _open_services(node, gid)
-    if known is None and not rebuild:
-        node.facts.set_sync(VOLUME_ID, node.volume_id)
     node.report = _self_check(node, warning, migration, replayed, time.monotonic() - started)
 
 
@@ -230,6 +234,9 @@ def _open_metadata(node: Node) -> str | None:
     root = settings.metadata_dir or storage.default_metadata
     node.metadata = MetadataLayout(root)
     warning = filesystem.require_local(root if root.exists() else root.parent, settings.allow_network_metadata)
+    if storage.root in root.parents:
+        # Else the message would be about the metadata, and the next one about the storage.
+        require_access(storage.root)
     ensure_directory(root, mode=0o700)
     require_writable(root)
     lock = ProcessLock(node.metadata.lock)
@@ -288,7 +295,11 @@ def _open_services(node: Node, gid: int | None) -> dict[str, int]:
     policy = LinkPolicy(
         roots=settings.link_roots,
         path_map=settings.path_map,
-        forbidden=[storage.root, node.metadata.root],
+        forbidden=[
+            *(storage.root, storage.private_key, storage.client_auth),
+            *(node.metadata.root, node.metadata.admin_token, node.metadata.database),
+            *secret_files(settings),
+        ],
         own_files_only=settings.auth_group is None,
     )
     node.links = LinkService(node.store, database, policy)

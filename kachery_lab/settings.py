@@ -160,6 +160,13 @@ def is_secret(field: str) -> bool:
     return Settings.model_fields[field].annotation == SecretStr | None
 
 
+def secret_files(settings: Settings) -> list[Path]:
+    """Files outside storage and metadata that hold secrets: the node key's own place, and each `NAME_FILE`."""
+    named = [os.environ.get(variable(field) + "_FILE") for field in Settings.model_fields if is_secret(field)]
+    found = [Path(os.path.abspath(name)) for name in named if name]
+    return found if settings.node_key_file is None else [*found, settings.node_key_file]
+
+
 class _SecretFiles(PydanticBaseSettingsSource):
     """`NAME_FILE` for each secret `NAME`: the file's text without the newline at its end."""
 

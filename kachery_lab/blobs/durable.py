@@ -16,6 +16,7 @@ from pathlib import Path
 _LINK_UNSUPPORTED = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV})
 _DIRECTORY_SYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP})
 _REMEMBERED = 100_000
+_RENAMING = threading.Lock()
 
 
 def fsync_directory(path: str) -> None:
@@ -81,20 +82,30 @@ class Directories:
             self._durable.clear()
 
 
+def present(path: str) -> bool:
+    """Whether there is an entry of that name. Raises OSError for all but absence: a failing volume is no empty one."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def link_or_rename(source: str, target: str) -> None:
     """Give the file its final name without replacing one. Raises FileExistsError when the name is taken.
 
-    Where the file system has no hard links the fallback is a rename; the caller is the only writer of final names and
-    has looked before.
+    Where the file system has no hard links the fallback is a look and a rename. One process writes final names, so a
+    lock between its threads is enough: without it a second arrival would replace the first.
     """
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in _LINK_UNSUPPORTED:
             raise
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
-        os.rename(source, target)
+        with _RENAMING:
+            if present(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+            os.rename(source, target)
     else:
         os.unlink(source)
 

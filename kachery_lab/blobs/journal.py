@@ -6,6 +6,7 @@ A record is one line: eight hex digits of CRC-32, a space, compact JSON, a newli
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -116,8 +117,13 @@ class Journal:
             self._roll()
         data = b"".join([encode(record) for record in records])
         self._dirty = True
-        write_all(self._fd, data)
-        os.fsync(self._fd)
+        try:
+            write_all(self._fd, data)
+            os.fsync(self._fd)
+        except OSError:
+            # At once: whole lines that were refused would count as records after a restart.
+            self._repair_quietly()
+            raise
         self._good += len(data)
         self._dirty = False
         return self.end
@@ -136,6 +142,11 @@ class Journal:
         os.close(self._fd)
         self._fd = fd
         self._dirty = False
+
+    def _repair_quietly(self) -> None:
+        """Cut what a failed append left, if that works now; else the next append has to."""
+        with contextlib.suppress(OSError):
+            self._repair()
 
     def _roll(self) -> None:
         path = self._path(self._segment + 1)
@@ -186,5 +197,6 @@ class Journal:
     def close(self) -> None:
         """Free the descriptor. Everything appended is durable already."""
         if self._fd >= 0:
+            self._repair_quietly()
             os.close(self._fd)
             self._fd = -1

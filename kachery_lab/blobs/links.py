@@ -15,7 +15,7 @@ from pathlib import Path
 from stat import S_IRGRP, S_IROTH, S_ISREG, S_IXGRP, S_IXOTH
 from typing import TypeGuard
 
-from kachery_lab.blobs.local import OpenFile
+from kachery_lab.blobs.files import OpenFile
 from kachery_lab.core import strict_json
 from kachery_lab.core.ids import Sha1
 from kachery_lab.errors import Forbidden, InvalidInput, LinkChanged
@@ -62,11 +62,14 @@ class LinkRecord:
 
     def fits(self, stat: os.stat_result) -> bool:
         """Whether a file still has the recorded size and modification time."""
-        return stat.st_size == self.size and abs(stat.st_mtime - self.mtime) <= MTIME_TOLERANCE
+        return (
+            stat.st_size == self.size and _is_number(self.mtime) and abs(stat.st_mtime - self.mtime) <= MTIME_TOLERANCE
+        )
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON has integers that no double holds; arithmetic with one would fail.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 class LinkPolicy:
@@ -80,8 +83,8 @@ class LinkPolicy:
         forbidden: Sequence[Path] = (),
         own_files_only: bool = True,
     ) -> None:
-        """`forbidden`: storage and metadata. `own_files_only`: no auth group is set, so the one person who may call
-        is the one whom the server runs as."""
+        """`forbidden`: storage, metadata, and every file that holds a secret of the server. `own_files_only`: no auth
+        group is set, so the one person who may call is the one whom the server runs as."""
         self._roots = [Path(os.path.realpath(root)) for root in roots]
         self._map = path_map or {}
         self._own_files_only = own_files_only
@@ -117,8 +120,8 @@ class LinkPolicy:
     def _check_file(self, path: str, resolved: Path, stat: os.stat_result, directories: list[os.stat_result]) -> None:
         if not S_ISREG(stat.st_mode):
             raise InvalidInput(f"{path} is not a regular file")
-        # The same directory may be mounted at a second place: identity counts, not only the name.
-        here = {(d.st_dev, d.st_ino) for d in directories}
+        # A directory may be mounted at a second place, a file may have a second name: identity counts too.
+        here = {(d.st_dev, d.st_ino) for d in (*directories, stat)}
         if here & {identity for place in self._forbidden if (identity := _identity(place))}:
             raise Forbidden("files of the server itself cannot be linked")
         if stat.st_dev in {identity[0] for place in _NEVER if (identity := _identity(Path(place)))}:
@@ -174,6 +177,25 @@ def _step(name: str, flags: int, parent: int) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise Forbidden(f"{name} changed while it was being opened") from None
+        raise
+
+
+def open_named(policy: LinkPolicy, path: str) -> OpenFile:
+    """Blocking: `policy.open` for a path that a client names now. What is wrong with the path is the client's to mend
+    and says nothing of the volume. Raises InvalidInput, Forbidden, and OSError for the rest."""
+    try:
+        return policy.open(path)
+    except PermissionError:
+        raise Forbidden(
+            f"{path} may not be linked: the server's user may not read it",
+            hint="Let that user read the file and enter its directories; below KACHERY_LAB_LINK_ROOTS that is enough",
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise InvalidInput(f"localFilePath: {os.strerror(error.errno).lower()}") from None
+        if error.errno == errno.EINVAL:
+            # What was a link when it was looked at is none when it is read.
+            raise Forbidden(f"{path} changed while it was being opened") from None
         raise
 
 

@@ -4,81 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import AsyncIterable, AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from pathlib import Path
 from stat import S_ISREG
 
 from kachery_lab.blobs.base import PIECE, BlobStat
 from kachery_lab.blobs.disk import Disk
-from kachery_lab.blobs.durable import Directories, fsync_directory, link_or_rename, unlink_quietly, write_all
+from kachery_lab.blobs.durable import (
+    Directories,
+    fsync_directory,
+    link_or_rename,
+    present,
+    unlink_quietly,
+    write_all,
+)
+from kachery_lab.blobs.files import Fingerprint, OpenFile, open_regular, same_bytes
 from kachery_lab.blobs.layout import DRAFT_PREFIX, DRAFT_SUFFIX, StorageLayout, is_blob_name, shard
 from kachery_lab.blobs.volume import read_volume_id
 from kachery_lab.core.ids import Sha1
 from kachery_lab.errors import Collision, NotFound, Unavailable
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells without reading whether a file is still the one that was verified."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, stat: os.stat_result) -> Fingerprint:
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-
-
-class OpenFile:
-    """A file open for reading. Closes itself when dropped, so that a read past its deadline leaks nothing."""
-
-    __slots__ = ("fd", "fingerprint", "stat")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.stat = os.fstat(fd)
-        self.fingerprint = Fingerprint.of(self.stat)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes. Raises OSError(EIO) when the file ends before: it was cut under us."""
-        data = os.pread(self.fd, length, offset)
-        if len(data) < length:
-            parts = [data]
-            have = len(data)
-            while have < length and (more := os.pread(self.fd, length - have, offset + have)):
-                parts.append(more)
-                have += len(more)
-            data = b"".join(parts)
-            if have < length:
-                raise OSError(errno.EIO, "the file ends before its size")
-        return data
-
-    def unchanged(self) -> bool:
-        """Whether the file still is what it was when it was opened."""
-        return Fingerprint.of(os.fstat(self.fd)) == self.fingerprint
-
-    def sha1(self) -> str:
-        """SHA-1 of the whole content."""
-        digest = hashlib.sha1(usedforsecurity=False)
-        for offset in range(0, self.fingerprint.size, PIECE):
-            digest.update(self.read(offset, min(PIECE, self.fingerprint.size - offset)))
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class Draft:
@@ -126,6 +73,8 @@ class LocalBlobStore:
         self.disk = disk
         self.token = secrets.token_hex(4)
         self._numbers = itertools.count()
+        self.meets_link: Callable[[Sha1, int], None] | None = None
+        """Called with the descriptor of a new blob whose name has a link record; raises Collision to refuse it."""
         self._directories = Directories(str(layout.root))
 
     # -- blocking ------------------------------------------------------------------------------------------------
@@ -158,6 +107,8 @@ class LocalBlobStore:
         final = self.layout.blob(sha1)
         directory = final.rpartition("/")[0]
         pending = self._directories.make(directory)
+        if self.meets_link is not None and present(self.layout.link(sha1)):
+            self.meets_link(sha1, fd)
         try:
             try:
                 link_or_rename(path, final)
@@ -177,19 +128,30 @@ class LocalBlobStore:
         """The name is taken: by the same bytes (False), by rotten ones (healed, True), or Collision."""
         stored = self.open(sha1)
         try:
-            if _same_bytes(fd, stored):
+            if same_bytes(fd, stored):
                 # It may have been placed by a process that was killed before its flush, or by an older daemon.
                 os.fsync(stored.fd)
                 return False
             if stored.sha1() == sha1:
-                raise Collision(
-                    f"other bytes with the SHA-1 {sha1} are stored already; they stay",
-                    hint="Two different files with one SHA-1 are a deliberate collision; store this file elsewhere",
-                )
+                raise collision(sha1)
         finally:
             stored.close()
         self.set_aside(sha1)
         link_or_rename(path, final)
+        return True
+
+    def holds(self, file: OpenFile, sha1: Sha1) -> bool:
+        """Whether there is a blob of this name, which is the SHA-1 of `file`. Raises Collision when it has other bytes
+        that fit the name too."""
+        try:
+            stored = self.open(sha1)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            if not same_bytes(file.fd, stored) and stored.sha1() == sha1:
+                raise collision(sha1)
+        finally:
+            stored.close()
         return True
 
     def open(self, sha1: Sha1) -> OpenFile:
@@ -236,12 +198,13 @@ class LocalBlobStore:
         self._directories.flush(directory, pending)
 
     def quarantined(self, sha1: Sha1) -> bool:
-        """Whether a wrong blob or link record of this name was set aside."""
+        """Whether a wrong blob or link record of this name was set aside. Raises OSError."""
         path = f"{self.layout.quarantine}/{shard(sha1)}/{sha1}"
-        return os.path.lexists(path) or os.path.lexists(path + ".link")
+        return present(path) or present(path + ".link")
 
     def write_link(self, sha1: Sha1, record: bytes) -> None:
         """Replace the link record of a blob, atomically and durably."""
+        self.check_volume()
         final = self.layout.link(sha1)
         directory = os.path.dirname(final)
         pending = self._directories.make(directory)
@@ -343,31 +306,12 @@ class LocalBlobStore:
         """The pool belongs to whoever made it."""
 
 
-def open_regular(path: str | Path) -> OpenFile:
-    """Open a regular file without following a link at its end and without blocking on a pipe. Raises OSError.
-
-    ESTALE (a network volume re-exported the file) is tried once more, as the new file handle is usually good.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise FileNotFoundError(errno.ENOENT, "a symbolic link, not a file") from error
-        if error.errno != errno.ESTALE:
-            raise
-        fd = os.open(path, flags)
-    if not S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, "not a regular file")
-    return OpenFile(fd)
-
-
-def _same_bytes(fd: int, stored: OpenFile) -> bool:
-    size = os.fstat(fd).st_size
-    if size != stored.fingerprint.size:
-        return False
-    return all(os.pread(fd, PIECE, offset) == os.pread(stored.fd, PIECE, offset) for offset in range(0, size, PIECE))
+def collision(sha1: str) -> Collision:
+    """The error for bytes whose SHA-1 is the name of others."""
+    return Collision(
+        f"other bytes with the SHA-1 {sha1} are stored already; they stay",
+        hint="Two different files with one SHA-1 are a deliberate collision; store this file elsewhere",
+    )
 
 
 def _entries(path: Path) -> list[os.DirEntry[str]]:

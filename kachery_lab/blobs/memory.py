@@ -17,10 +17,10 @@ class MemoryBlobStore:
 
     async def put(self, sha1: Sha1, stream: AsyncIterable[bytes]) -> bool:
         data = b"".join([piece async for piece in stream])
-        stored = self._blobs.setdefault(sha1, data)
-        if stored is not data and stored != data:
+        new = sha1 not in self._blobs
+        if self._blobs.setdefault(sha1, data) != data:
             raise Collision(f"other bytes with the SHA-1 {sha1} are stored already")
-        return stored is data
+        return new
 
     async def stat(self, sha1: Sha1) -> BlobStat | None:
         data = self._blobs.get(sha1)

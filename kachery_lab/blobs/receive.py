@@ -7,7 +7,8 @@ from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 
 from kachery_lab.blobs.base import PIECE, BlobStore
-from kachery_lab.blobs.local import Draft, Fingerprint, LocalBlobStore, OpenFile
+from kachery_lab.blobs.files import Fingerprint, OpenFile
+from kachery_lab.blobs.local import Draft, LocalBlobStore
 from kachery_lab.core.hashing import CHUNK_SIZE, Chunk, ChunkHasher, StreamHasher, WholeHasher
 from kachery_lab.core.ids import Sha1
 from kachery_lab.errors import ContentMismatch, TooLarge

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import grp
 import json
 import os
 import pwd
+import re
 import secrets
 import socket
 import time
@@ -18,6 +20,11 @@ from kachery_lab.blobs.durable import unlink_quietly, write_all, write_file
 from kachery_lab.blobs.layout import StorageLayout
 from kachery_lab.errors import StartRefused
 
+_LEFTOVER = re.compile(
+    r"\.kachery-probe\.\d+"
+    r"|(?:\.kachery-volume|kachery-node-id|owner|client-auth|public\.pem|private\.pem|admin-token)\.\d+\.tmp",
+    re.ASCII,
+)
 HEARTBEAT = 2.0
 """Seconds between two heartbeats of the running process."""
 STALE = 4 * HEARTBEAT
@@ -43,6 +50,8 @@ def ensure_directory(path: Path, *, mode: int = 0o755) -> None:
 def require_writable(path: Path) -> None:
     """Write, flush, link and remove a file, as every store will. Raises StartRefused with the line that mends it."""
     probe = f"{path}/.kachery-probe.{os.getpid()}"
+    # In a container every start has the same process id: one that was killed here must not stop the next.
+    unlink_quietly(probe)
     try:
         fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -52,12 +61,28 @@ def require_writable(path: Path) -> None:
             os.close(fd)
             os.unlink(probe)
     except OSError as error:
-        stat = path.stat()
-        raise StartRefused(
-            f"{path} cannot be written by user {_user()}: {error.strerror} "
-            f"(it belongs to {stat.st_uid}:{stat.st_gid}, mode {stat.st_mode & 0o7777:04o})",
-            hint=f"On the machine that has the directory: chown -R {os.getuid()}:{os.getgid()} {path}",
-        ) from None
+        raise _not_writable(path, error) from None
+
+
+def require_access(path: Path) -> None:
+    """As `require_writable`, by looking at rights alone: writes nothing."""
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _not_writable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _not_writable(path: Path, error: OSError) -> StartRefused:
+    stat = path.stat()
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = f"On the machine that has the directory: chown -R {os.getuid()}:{os.getgid()} {path}"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "Free space there"
+    else:
+        hint = "Look at how it is mounted, and at the kernel's log"
+    return StartRefused(
+        f"{path} cannot be written by user {_user()}: {error.strerror} "
+        f"(it belongs to {stat.st_uid}:{stat.st_gid}, mode {stat.st_mode & 0o7777:04o})",
+        hint=hint,
+    )
 
 
 def _user() -> str:
@@ -166,7 +191,8 @@ class VolumeOwner:
         self.beat()
 
     def _watch(self, before: dict[str, object]) -> None:
-        if abs(time.time() - float(str(before.get("at", 0)))) > 60 * STALE:
+        at = before.get("at")
+        if isinstance(at, int | float) and abs(time.time() - at) > 60 * STALE:
             return
         until = time.monotonic() + STALE
         while time.monotonic() < until:
@@ -211,6 +237,17 @@ class VolumeOwner:
                     self.beat(released=True)
             os.close(self._fd)
             self._fd = -1
+
+
+def sweep_leftovers(directory: Path) -> int:
+    """Remove the small files that a killed process left half written, and its probes; how many. Only for the one
+    process that holds the directory, while it writes none of them. Raises OSError."""
+    removed = 0
+    for name in os.listdir(directory):
+        if _LEFTOVER.fullmatch(name):
+            os.unlink(directory / name)
+            removed += 1
+    return removed
 
 
 def remove_stale(path: Path) -> None:

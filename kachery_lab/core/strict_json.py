@@ -13,11 +13,15 @@ from itertools import accumulate
 from math import isfinite
 from typing import TypeAlias, cast
 
-from kachery_lab.errors import InvalidInput, InvalidJson
+from kachery_lab.errors import InvalidInput, InvalidJson, TooLarge
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 
 MAX_DEPTH = 64
+MAX_WEIGHT = 5_000_000
+"""Values in one JSON text: decoding so many takes well under a second."""
+KEY_WEIGHT = 5
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*"', re.DOTALL)
 MAX_SAFE_INTEGER = 2**53
 MAX_INTEGER_DIGITS = 309
 
@@ -119,8 +123,10 @@ def loads(data: bytes, *, max_depth: int = MAX_DEPTH) -> Json:
 
     Refused: anything but UTF-8, NaN and infinities, numbers that overflow a double (1e999), integers of more than 309
     digits, duplicate keys, lone surrogates in any spelling, nesting over `max_depth`. Integers beyond 2^53 are kept
-    exactly. The time is linear in the length; a cap on the length is the caller's.
+    exactly. The time is linear in the length; a cap on the length is the caller's. Raises TooLarge for more than
+    MAX_WEIGHT values: the decoder holds the interpreter, and no other request is answered meanwhile.
     """
+    _check_weight(data)
     if exceeds_depth(data, max_depth):
         raise InvalidJson(f"JSON is nested deeper than {max_depth}")
     text = decode_utf8(data)
@@ -135,6 +141,17 @@ def loads(data: bytes, *, max_depth: int = MAX_DEPTH) -> Json:
     if _ESCAPED_SURROGATE.search(data):
         _refuse_lone_surrogates(value)
     return cast(Json, value)
+
+
+def _check_weight(data: bytes) -> None:
+    """A value weighs 1, a member of an object KEY_WEIGHT more. Separators inside strings do not count, but they are
+    looked at only when all of them together would be too many."""
+    if _weight(data) > MAX_WEIGHT and _weight(_STRING.sub(b"", data)) > MAX_WEIGHT:
+        raise TooLarge(f"the JSON has more than {MAX_WEIGHT} values", hint="Store large arrays as files")
+
+
+def _weight(data: bytes) -> int:
+    return data.count(b",") + KEY_WEIGHT * data.count(b":")
 
 
 def _refuse_lone_surrogates(value: object) -> None:

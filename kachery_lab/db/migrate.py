@@ -65,11 +65,22 @@ def current_revision(path: Path) -> str | None:
     """The revision of the database at `path`; None when there is no file or nothing in it.
 
     Raises `StartRefused` when tables of another program are in it, `sqlite3.Error` when it cannot be read. Changes
-    nothing.
+    nothing, except that it undoes what a killed process left half done.
     """
     if not path.exists() or path.stat().st_size == 0:
         return None
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCK_TIMEOUT)) as connection:
+    try:
+        return _revision(path, "ro")
+    except sqlite3.OperationalError as error:
+        # A process that was killed left a change half made: only a connection that may write can undo it.
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:
+            raise
+        return _revision(path, "rw")
+
+
+def _revision(path: Path, mode: str) -> str | None:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT)) as connection:
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if "alembic_version" in names:
             rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()

@@ -264,9 +264,11 @@ class RequestLog:
             if 400 <= status < 500 and not self._refusals.allows(f"status_{status}"):
                 return
             self._refusals.flush()
-            log = self._log or structlog.get_logger()
+            if self._log is None:
+                # Bound once: making a logger costs more than writing the line.
+                self._log = structlog.get_logger().bind()
             client = scope.get("client")
-            log.info(
+            self._log.info(
                 "request",
                 method=scope.get("method", "WEBSOCKET"),
                 path=redact_text(scope["path"])[:1024],

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, delete, select
 
-from kachery_lab.blobs.local import Fingerprint, LocalBlobStore, OpenFile
+from kachery_lab.blobs.durable import present
+from kachery_lab.blobs.files import Fingerprint, OpenFile
+from kachery_lab.blobs.local import LocalBlobStore
 from kachery_lab.blobs.receive import Claim as Claim
 from kachery_lab.blobs.receive import Received, hash_file, receive, store_bytes
 from kachery_lab.core.hashing import Chunk
@@ -24,6 +23,7 @@ from kachery_lab.core.manifests import manifest_bytes
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import blobs
 from kachery_lab.errors import LinkChanged, NotFound, Quarantined, StorageFull, Unavailable
+from kachery_lab.services import blob_index
 from kachery_lab.services.links import LinkService
 from kachery_lab.services.principals import Principal
 
@@ -42,19 +42,6 @@ class StoredBlob:
     size: int
     manifest_sha1: Sha1 | None
     new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BlobInfo:
-    """An index row, as listings show it."""
-
-    sha1: str
-    size: int
-    sha256: str | None
-    manifest_sha1: str | None
-    stored_at: int
-    stored_by: str
-    origin: str
 
 
 class Content:
@@ -137,7 +124,7 @@ class BlobService:
 
     async def _index(self, received: Received, principal: Principal, since: int) -> StoredBlob:
         manifest = await self.store_manifest(received.size, received.sha1, received.chunks, principal)
-        if not await self._write_row(_row(received, manifest, principal), received.fingerprint, since):
+        if not await self._write_row(blob_index.row_of(received, manifest, principal), received.fingerprint, since):
             raise Unavailable(f"{received.sha1} was deleted while it was stored", retry_after=1)
         return StoredBlob(received.sha1, received.size, manifest, received.new)
 
@@ -147,9 +134,9 @@ class BlobService:
         async with self._lock(sha1):
             if self._deletions != since:
                 path = self.store_on_volume.layout.blob(sha1)
-                if not await self.store_on_volume.disk.run(os.path.lexists, path):
+                if not await self.store_on_volume.disk.run(present, path):
                     return False
-            await self._database.write(lambda conn: _upsert(conn, row))
+            await self._database.write(lambda conn: blob_index.upsert(conn, row))
         self._remember(sha1, fingerprint)
         return True
 
@@ -163,7 +150,7 @@ class BlobService:
         """
         since = self._deletions
         try:
-            data, file = await self.store_on_volume.disk.run(self._load, sha1)
+            data, file = await self.store_on_volume.disk.run_short(self._load, sha1)
         except NotFound:
             return await self._open_elsewhere(sha1)
         if data is not None:
@@ -193,9 +180,9 @@ class BlobService:
     async def _trust(self, sha1: Sha1, file: OpenFile, since: int) -> None:
         """Make sure that a large file is the one that was verified, by its fingerprint or by hashing it now."""
         if sha1 not in self._known:
-            row = await self._database.read(lambda conn: conn.execute(_one(sha1)).one_or_none())
+            row = await self._database.read(lambda conn: conn.execute(blob_index.one(sha1)).one_or_none())
             if row is not None:
-                self._remember(sha1, None if row.inode is None else _fingerprint(row))
+                self._remember(sha1, None if row.inode is None else blob_index.fingerprint(row))
         if self._known.get(sha1) == file.fingerprint:
             return
         digests = await self.store_on_volume.disk.run_long(hash_file, file)
@@ -203,19 +190,28 @@ class BlobService:
             if not await self.store_on_volume.disk.run(file.unchanged):
                 raise Unavailable(f"{sha1} changed while it was verified")
             await self.store_on_volume.disk.run_long(self._condemn, sha1)
-        await self._write_row(_row(digests, None, FOUND), file.fingerprint, since)
+        manifest = await self._manifest_of(digests)
+        await self._write_row(blob_index.row_of(digests, manifest, FOUND), file.fingerprint, since)
+
+    async def _manifest_of(self, found: Received) -> Sha1 | None:
+        """The manifest of a large file that is on the volume already, if it is; one that was deleted is not made."""
+        if not found.chunks:
+            return None
+        text = manifest_bytes(found.size, found.sha1, found.chunks)
+        sha1 = Sha1(hashlib.sha1(text, usedforsecurity=False).hexdigest())
+        return sha1 if await self.store_on_volume.stat(sha1) is not None else None
 
     async def _index_found(self, sha1: Sha1, data: bytes, since: int) -> None:
         """A small blob that was just verified: index it unless it is."""
-        row = await self._database.read(lambda conn: conn.execute(_one(sha1)).one_or_none())
+        row = await self._database.read(lambda conn: conn.execute(blob_index.one(sha1)).one_or_none())
         if row is not None:
-            self._remember(sha1, None if row.inode is None else _fingerprint(row))
+            self._remember(sha1, None if row.inode is None else blob_index.fingerprint(row))
             return
         file = await self.store_on_volume.disk.run(self.store_on_volume.open, sha1)
         try:
             sha256 = hashlib.sha256(data).hexdigest()
             found = Received(sha1, sha256, len(data), [], False, file.fingerprint)
-            await self._write_row(_row(found, None, FOUND), file.fingerprint, since)
+            await self._write_row(blob_index.row_of(found, None, FOUND), file.fingerprint, since)
         finally:
             file.close()
 
@@ -248,16 +244,16 @@ class BlobService:
         content.close()
         return content.size
 
-    async def info(self, sha1: Sha1) -> BlobInfo | None:
+    async def info(self, sha1: Sha1) -> blob_index.BlobInfo | None:
         """The index row, or None."""
-        row = await self._database.read(lambda conn: conn.execute(_one(sha1)).one_or_none())
-        return None if row is None else _info(row)
+        row = await self._database.read(lambda conn: conn.execute(blob_index.one(sha1)).one_or_none())
+        return None if row is None else blob_index.info_of(row)
 
-    async def list(self, after: str, limit: int) -> list[BlobInfo]:
+    async def list(self, after: str, limit: int) -> list[blob_index.BlobInfo]:
         """Index rows in order of SHA-1, the first greater than `after`."""
         statement = select(blobs).where(blobs.c.sha1 > after).order_by(blobs.c.sha1).limit(limit)
         rows = await self._database.read(lambda conn: conn.execute(statement).all())
-        return [_info(row) for row in rows]
+        return [blob_index.info_of(row) for row in rows]
 
     # -- keeping the index true ----------------------------------------------------------------------------------
 
@@ -293,13 +289,16 @@ class BlobService:
     # -- deleting ------------------------------------------------------------------------------------------------
 
     async def delete(self, sha1: Sha1) -> None:
-        """Take a blob, or a link, away: the row first, then the file into the trash, durably. Raises NotFound."""
+        """Take a blob, or a link, away: the row first, then the file into the trash, durably. Raises NotFound,
+        Unavailable."""
         async with self._lock(sha1):
 
             def forget(conn: Connection) -> int:
                 rows = conn.execute(delete(blobs).where(blobs.c.sha1 == sha1)).rowcount
                 return rows + self._links.forget(conn, sha1)
 
+            # On an unmounted volume there is nothing to throw away: the blob would be back with the volume.
+            await self.store_on_volume.disk.run(self.store_on_volume.check_volume)
             rows = await self._database.write(forget)
             self._deletions += 1
             self._known.pop(sha1, None)
@@ -331,58 +330,7 @@ class BlobService:
             self._known.popitem(last=False)
 
 
-def _one(sha1: str) -> Select[Any]:
-    return select(blobs).where(blobs.c.sha1 == sha1)
-
-
-def _fingerprint(row: Row[Any]) -> Fingerprint:
-    return Fingerprint(row.size, row.mtime_ns, row.ctime_ns, row.inode)
-
-
 def _quarantined(sha1: str) -> Quarantined:
     return Quarantined(
         f"the stored bytes of {sha1} were damaged and are set aside", hint="Store the right file again; that heals it"
-    )
-
-
-def _info(row: Row[Any]) -> BlobInfo:
-    return BlobInfo(row.sha1, row.size, row.sha256, row.manifest_sha1, row.stored_at, row.stored_by, row.origin)
-
-
-def _row(received: Received, manifest: Sha1 | None, principal: Principal) -> dict[str, Any]:
-    now = int(time.time() * 1000)
-    return {
-        "sha1": received.sha1,
-        "sha256": received.sha256,
-        "size": received.size,
-        "stored_at": now,
-        "stored_by": principal.name,
-        "stored_from": principal.peer,
-        "origin": "local",
-        "manifest_sha1": manifest,
-        "mtime_ns": received.fingerprint.mtime_ns,
-        "ctime_ns": received.fingerprint.ctime_ns,
-        "inode": received.fingerprint.inode,
-        "verified_at": now,
-    }
-
-
-def _upsert(conn: Connection, row: dict[str, Any]) -> None:
-    """Insert a row, or renew what verification found in the one that is there. Who stored it first stays."""
-    statement = insert(blobs)
-    new = statement.excluded
-    conn.execute(
-        statement.on_conflict_do_update(
-            index_elements=[blobs.c.sha1],
-            set_={
-                "sha256": func.coalesce(new.sha256, blobs.c.sha256),
-                "manifest_sha1": func.coalesce(new.manifest_sha1, blobs.c.manifest_sha1),
-                "size": new.size,
-                "mtime_ns": new.mtime_ns,
-                "ctime_ns": new.ctime_ns,
-                "inode": new.inode,
-                "verified_at": new.verified_at,
-            },
-        ),
-        row,
     )

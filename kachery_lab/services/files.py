@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from kachery_lab.blobs.files import OpenFile
 from kachery_lab.blobs.layout import StorageLayout
-from kachery_lab.blobs.local import OpenFile
 from kachery_lab.core.ids import ChunkOf, FileKey
 from kachery_lab.errors import ContentMismatch, Gone, NotFound
 from kachery_lab.services.blobs import BlobService, Claim, Content

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, delete, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from kachery_lab.blobs.links import MTIME_TOLERANCE, LinkPolicy, LinkRecord, open_linked
-from kachery_lab.blobs.local import Fingerprint, LocalBlobStore, OpenFile
+from kachery_lab.blobs.files import Fingerprint, OpenFile, same_bytes
+from kachery_lab.blobs.links import MTIME_TOLERANCE, LinkPolicy, LinkRecord, open_linked, open_named
+from kachery_lab.blobs.local import LocalBlobStore, collision
 from kachery_lab.blobs.receive import Received, hash_file
 from kachery_lab.core.ids import Sha1
 from kachery_lab.db.engine import Database
@@ -29,19 +30,35 @@ class LinkService:
         self._store = store
         self._database = database
         self._policy = policy
+        store.meets_link = self._meet_copy
+
+    def _meet_copy(self, sha1: Sha1, fd: int) -> None:
+        """Blocking: a copy is about to be stored under the name of a link. Raises Collision when the linked file still
+        is what was linked and has other bytes."""
+        try:
+            record = LinkRecord.from_bytes(_read_record(self._store.layout.link(sha1)))
+            file, fits = open_linked(self._policy, record)
+        except (OSError, InvalidInput, LinkChanged):
+            return
+        try:
+            if fits and not same_bytes(fd, file) and file.sha1() == sha1:
+                raise collision(sha1)
+        finally:
+            file.close()
 
     async def open_path(self, path: str) -> OpenFile:
         """A file named by a client, if it may be served. Raises InvalidInput (it is absent or no regular file),
         Forbidden naming the setting, Unavailable."""
         try:
-            return await self._store.disk.run(self._policy.open, path)
+            return await self._store.disk.run(open_named, self._policy, path)
         except NotFound:
             raise InvalidInput(f"there is no file {path} on the server's machine") from None
 
     async def link(self, blobs: BlobService, path: str, size: int, mtime: float, principal: Principal) -> StoredBlob:
         """Register a file in place, durable on return; `size` in bytes, `mtime` in seconds as the client read them.
 
-        Raises InvalidInput when the file is not what the client saw, and what `open_path` raises. A stored copy is
+        Raises InvalidInput when the file is not what the client saw, Collision when other bytes with its SHA-1 are here
+        already, and what `open_path` raises. A stored copy is
         better than a link: where there is one, no link is written.
         """
         from kachery_lab.services.blobs import StoredBlob
@@ -58,18 +75,34 @@ class LinkService:
             found = await self._store.disk.run_long(hash_file, file)
             if not await self._store.disk.run(file.unchanged):
                 raise InvalidInput(f"{path} changed while it was hashed", hint="Try again when it is complete")
+            is_stored = await self._store.disk.run_long(self._store.holds, file, found.sha1)
         finally:
             file.close()
         manifest = await blobs.store_manifest(found.size, found.sha1, found.chunks, principal)
         stored = StoredBlob(found.sha1, found.size, manifest, True)
-        if await self._store.stat(found.sha1) is not None:
+        if is_stored:
             (await blobs.open(found.sha1)).close()
             return stored
+        await self._refuse_collision(found)
         record = LinkRecord(path, manifest, size, mtime)
         await self._store.disk.run_long(self._store.write_link, found.sha1, record.to_bytes())
         row = _row(record, found, file, principal)
         await self._database.write(lambda conn: upsert(conn, row))
         return stored
+
+    async def _refuse_collision(self, found: Received) -> None:
+        """Raises Collision when a file with other bytes is linked under this name and still is what was linked."""
+        statement = select(links.c.sha256).where(links.c.sha1 == found.sha1)
+        known = await self._database.read(lambda conn: conn.execute(statement).scalar_one_or_none())
+        if known is None or found.sha256 in (None, known):
+            return
+        try:
+            file = await self.open(found.sha1, 0)
+        except LinkChanged:
+            return
+        if file is not None:
+            file.close()
+            raise collision(found.sha1)
 
     async def open(self, sha1: Sha1, small: int) -> OpenFile | None:
         """The verified file of a link, or None when there is no link record (or none that can be read as one).

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from kachery_lab.core.ids import UserName
+from kachery_lab.core.ids import UserName, parse_whole_number
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import tokens, users
 from kachery_lab.errors import Conflict, InvalidInput, NotFound
@@ -94,6 +94,8 @@ class TokenService:
     ) -> Token:
         if len(label) > 100 or not label.isprintable():
             raise InvalidInput("label: expected at most 100 printable characters")
+        if expires_at is not None:
+            parse_whole_number(expires_at, "expiresAt")
         token = Token(secrets.token_hex(4), user, label, scopes, _now(), expires_at, None)
         row: dict[str, Any] = {
             "id": token.id,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kachery_lab.core import canonical_json, strict_json
-from kachery_lab.errors import InvalidInput, InvalidJson, KacheryLabError
+from kachery_lab.errors import InvalidInput, InvalidJson, KacheryLabError, TooLarge
 from tests.third_party import shared_vectors
 
 DUPLICATE_KEYS = {"y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"}
@@ -192,3 +192,14 @@ def test_check_signable_lets_the_rest_through():
         deep = [deep]
     with pytest.raises(InvalidInput):
         strict_json.check_signable(deep)
+
+
+def test_values_are_limited_but_text_is_not() -> None:
+    """A long decode would keep every other request waiting; commas inside one string cost nothing."""
+    for data in (b"[" + b"0," * 6_000_000 + b"0]", b"{" + b'"k":0,' * 2_000_000 + b'"z":0}'):
+        with pytest.raises(TooLarge):
+            strict_json.loads(data)
+    text = "a,b:c\\n" * 1_000_000
+    assert strict_json.loads(b'["' + text.encode() + b'"]') == [text.replace("\\n", "\n")]
+    numbers = strict_json.loads(b"[" + b"0," * 1_000_000 + b"0]")
+    assert isinstance(numbers, list) and len(numbers) == 1_000_001
