@@ -32,14 +32,21 @@ from kachery_lab.blobs.volume import (
     require_writable,
     write_volume_id,
 )
-from kachery_lab.core.ids import NodeLabel
+from kachery_lab.core.ids import NodeLabel, UserName
+from kachery_lab.core.keys import derive_key
+from kachery_lab.core.tickets import Signer
 from kachery_lab.db import filesystem
 from kachery_lab.db.engine import Database
 from kachery_lab.db.migrate import MigrationReport, migrate
 from kachery_lab.errors import InvalidInput, KacheryLabError, StartRefused
 from kachery_lab.services import feed_index, mutables
 from kachery_lab.services.access import AccessService
+from kachery_lab.services.access_data import AccessData
+from kachery_lab.services.audit import AuditService
+from kachery_lab.services.authorizations import AuthorizationService
 from kachery_lab.services.blobs import BlobService
+from kachery_lab.services.buckets import BucketService
+from kachery_lab.services.channels import ChannelService
 from kachery_lab.services.events import Events
 from kachery_lab.services.facts import Facts
 from kachery_lab.services.feeds import FeedService
@@ -48,9 +55,13 @@ from kachery_lab.services.identity import Identity, open_identity
 from kachery_lab.services.links import LinkService
 from kachery_lab.services.logs import LogWriter, replay
 from kachery_lab.services.mutables import OTHER_CODES, MutableService
+from kachery_lab.services.nodes import NodeService
 from kachery_lab.services.principals import OPERATOR
 from kachery_lab.services.stats import Stats
-from kachery_lab.services.tokens import TokenService, new_secret
+from kachery_lab.services.subjects import RoleService
+from kachery_lab.services.tokens import ADMIN, TokenService, new_secret
+from kachery_lab.services.uploads import UploadService
+from kachery_lab.services.users import UserService
 from kachery_lab.services.watches import WatchService
 from kachery_lab.settings import Settings
 
@@ -81,6 +92,15 @@ class Node:
     feeds: FeedService
     watches: WatchService
     mutables: MutableService
+    data: AccessData
+    audit: AuditService
+    roles: RoleService
+    users: UserService
+    nodes: NodeService
+    channels: ChannelService
+    authorizations: AuthorizationService
+    buckets: BucketService
+    uploads: UploadService
     stats: Stats
     report: dict[str, Any]
     volume_id: str
@@ -98,6 +118,9 @@ class Node:
     async def start(self) -> None:
         """Publish the client code, make the first admin token, begin the background work."""
         await self._first_admin_token()
+        owner = UserName(self.identity.owner or ADMIN)
+        await self.nodes.ensure_own(self.identity.node_id, owner, NodeLabel(self.identity.label))
+        await self.channels.ensure_default(self.identity.node_id)
         found, codes = await self.mutables.get(OTHER_CODES, OPERATOR)
         self.access.set_other_codes(codes if found else None)
         await self.access.start()
@@ -132,6 +155,8 @@ class Node:
             before = int(time.time() * 1000) - REQUESTS_KEPT_MS
             try:
                 await self.database.write(lambda conn, at=before: feed_index.forget_requests(conn, at))  # type: ignore[misc]
+                await self.audit.prune()
+                await self.buckets.expire()
             except KacheryLabError as error:
                 log.warning("old request ids were not removed", code=error.code)
             await asyncio.sleep(PRUNE_SECONDS)
@@ -148,6 +173,7 @@ class Node:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for writer in self._logs:
             await writer.drain()
+        await self.data.flush()
         await asyncio.to_thread(self.release)
 
     def release(self) -> None:
@@ -219,7 +245,7 @@ def _open(node: Node, settings: Settings, rebuild: bool) -> None:
     node.identity = open_identity(storage, settings.node_key_file, _label(settings.label), settings.owner)
     node.disk = Disk(deadline=settings.disk_deadline)
     node._stack.callback(node.disk.close)
-    replayed = _open_services(node, gid)
+    replayed = _open_services(node, gid, rebuild)
     if known is None and not rebuild:
         node.facts.set_sync(VOLUME_ID, node.volume_id)
     node.report = _self_check(node, warning, migration, replayed, time.monotonic() - started)
@@ -280,7 +306,7 @@ def _label(label: str | None) -> str:
         return "node"
 
 
-def _open_services(node: Node, gid: int | None) -> dict[str, int]:
+def _open_services(node: Node, gid: int | None, rebuild: bool) -> dict[str, int]:
     settings, storage, database, disk = node.settings, node.storage, node.database, node.disk
     events = node.events
     node.stats = Stats()
@@ -294,6 +320,11 @@ def _open_services(node: Node, gid: int | None) -> dict[str, int]:
     node.links = LinkService(node.store, database, policy)
     node.blobs = BlobService(node.store, database, node.links, min_free=settings.min_free)
     node.files = FileService(node.blobs, node.links, settings.advertised)
+    node.data = AccessData(database, disk, storage.access)
+    node.data.load()
+    if rebuild:
+        # Before the logs are read: references belong to channels.
+        node.data.restore()
     records = _open_log(node, RECORDS_LOG, storage.records_log)
     feeds = _open_log(node, FEEDS_LOG, storage.feeds_log)
     # Keys before feeds: a deletion in the feeds log takes the key that the records log made.
@@ -305,9 +336,18 @@ def _open_services(node: Node, gid: int | None) -> dict[str, int]:
     feeds_log = LogWriter(FEEDS_LOG, feeds, database, disk)
     node._logs = [feeds_log, records_log]
     node.mutables = MutableService(database, records_log)
+    node.audit = AuditService(database, settings.audit_days)
+    node.roles = RoleService(node.data)
+    node.buckets = BucketService(node.data, node.roles, database, records_log, node.blobs)
+    signer = Signer(derive_key(node.identity.key, "kachery-lab/tickets/1"))
+    node.uploads = UploadService(node.data, node.roles, signer, node.blobs, node.buckets)
+    node.users = UserService(node.data, node.audit)
+    node.nodes = NodeService(node.data, node.audit)
+    node.channels = ChannelService(node.data, node.audit, node.buckets, node.identity.key)
+    node.authorizations = AuthorizationService(node.data, node.audit, node.channels, node.nodes, node.identity.key)
     node.feeds = FeedService(database, feeds_log, records_log, events, node.identity.key)
     node.watches = WatchService(database, events)
-    node.tokens = TokenService(database)
+    node.tokens = TokenService(database, node.data)
     node.tokens.load()
     node.access = AccessService(node.tokens, disk, storage.client_auth, gid, node.store.check_volume)
     return replayed

@@ -85,6 +85,10 @@ class Settings(BaseSettings):
         default=None, description="Group (name or number) whose members may use this node; it gets `client-auth`"
     )
     public_url: str | None = Field(default=None, description="URL under which clients reach this server")
+    hub_url: str | None = Field(default=None, description="Another server whose channels this node joins")
+    legacy_nodes: bool = Field(default=True, description="Whether nodes of 2021 may use this hub")
+    audit_days: Annotated[int, Field(gt=0)] = Field(default=365, description="Days that audit entries are kept")
+    trusted_proxies: Names = Field(default=(), description="Addresses of proxies whose forwarded headers count")
     admin_token: SecretStr | None = Field(default=None, description="First admin token; otherwise one is made")
     advertised_storage_dir: Path | None = Field(
         default=None, description="Where clients see the storage directory, when it is mounted elsewhere for them"

@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
@@ -17,6 +17,7 @@ from kachery_lab.core.ids import UserName
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import tokens, users
 from kachery_lab.errors import Conflict, InvalidInput, NotFound
+from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.principals import SCOPES, Principal
 
 PREFIX = "klk_"
@@ -34,6 +35,7 @@ class Token:
     created_at: int
     expires_at: int | None
     revoked_at: int | None
+    channels: frozenset[str] | None = None
 
     def in_force(self, now: int) -> bool:
         """Whether it opens anything at `now`."""
@@ -61,8 +63,10 @@ def parse_scopes(scopes: Iterable[str]) -> tuple[str, ...]:
 class TokenService:
     """The table is small and read on every request with a token, so all of it is held in memory."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, data: AccessData) -> None:
         self._database = database
+        self._data = data
+        data.listeners.append(self._forget_removed_users)
         self._by_hash: dict[str, Token] = {}
 
     def load(self) -> None:
@@ -76,25 +80,45 @@ class TokenService:
         return token if token is not None and token.in_force(_now()) else None
 
     async def create(
-        self, user: UserName, scopes: Iterable[str], label: str = "", expires_at: int | None = None
+        self,
+        user: UserName,
+        scopes: Iterable[str],
+        label: str = "",
+        expires_at: int | None = None,
+        channels: Iterable[str] | None = None,
     ) -> tuple[Token, str]:
-        """A new token and its secret, which is shown this once. The user is made when absent."""
+        """A new token and its secret, which is shown this once. The user is made when absent. `channels`: the only
+        ones that it reaches."""
         secret = new_secret()
-        return await self._add(user, parse_scopes(scopes), label, expires_at, secret), secret
+        narrowed = None if channels is None else frozenset(channels)
+        return await self._add(user, parse_scopes(scopes), label, expires_at, secret, narrowed), secret
+
+    def _forget_removed_users(self) -> None:
+        self._by_hash = {key: token for key, token in self._by_hash.items() if token.user in self._data.users}
 
     async def ensure_admin(self, secret: str) -> None:
         """Make a given secret an admin token, unless it is one."""
         if hash_secret(secret) not in self._by_hash:
             await self._add(
-                ADMIN, parse_scopes(["client", "read", "write", "admin"]), "first admin token", None, secret
+                ADMIN,
+                parse_scopes(["client", "read", "write", "channel-owner", "admin"]),
+                "first admin token",
+                None,
+                secret,
             )
 
     async def _add(
-        self, user: UserName, scopes: tuple[str, ...], label: str, expires_at: int | None, secret: str
+        self,
+        user: UserName,
+        scopes: tuple[str, ...],
+        label: str,
+        expires_at: int | None,
+        secret: str,
+        channels: frozenset[str] | None = None,
     ) -> Token:
         if len(label) > 100 or not label.isprintable():
             raise InvalidInput("label: expected at most 100 printable characters")
-        token = Token(secrets.token_hex(4), user, label, scopes, _now(), expires_at, None)
+        token = Token(secrets.token_hex(4), user, label, scopes, _now(), expires_at, None, channels)
         row: dict[str, Any] = {
             "id": token.id,
             "token_hash": hash_secret(secret),
@@ -103,13 +127,14 @@ class TokenService:
             "scopes": " ".join(scopes),
             "created_at": token.created_at,
             "expires_at": expires_at,
+            "channels": None if channels is None else " ".join(sorted(channels)),
         }
 
         def add(conn: Connection) -> None:
             conn.execute(insert(users).values(name=user, created_at=token.created_at).on_conflict_do_nothing())
             conn.execute(insert(tokens).values(row))
 
-        await self._database.write(add)
+        await self._data.change(add)
         self._by_hash[row["token_hash"]] = token
         return token
 
@@ -126,22 +151,22 @@ class TokenService:
         if token.revoked_at is not None:
             raise Conflict(f"the token {token_id} was revoked before")
         now = _now()
-        await self._database.write(
-            lambda conn: conn.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now)).rowcount
-        )
-        self._by_hash[key] = Token(
-            token.id, token.user, token.label, token.scopes, token.created_at, token.expires_at, now
-        )
+        statement = update(tokens).where(tokens.c.id == token_id).values(revoked_at=now)
+        await self._data.change(lambda conn: conn.execute(statement).rowcount)
+        self._by_hash[key] = replace(token, revoked_at=now)
         return self._by_hash[key]
 
 
 def principal(token: Token, peer: str | None) -> Principal:
     """The caller that a token makes."""
-    return Principal("user", token.user, frozenset(token.scopes), peer)
+    return Principal("user", token.user, frozenset(token.scopes), peer, token.channels)
 
 
 def _token(row: Row[Any]) -> Token:
-    return Token(row.id, row.user, row.label, tuple(row.scopes.split()), row.created_at, row.expires_at, row.revoked_at)
+    channels = None if row.channels is None else frozenset(row.channels.split())
+    scopes = tuple(row.scopes.split())
+    times = (row.created_at, row.expires_at, row.revoked_at)
+    return Token(row.id, row.user, row.label, scopes, *times, channels)
 
 
 def _now() -> int:
