@@ -67,8 +67,16 @@ class ContentResponse(Response):
     """Sends a part of verified content and closes it. A failure on the way ends the connection: the client sees fewer
     bytes than were announced, never other ones."""
 
-    def __init__(self, content: Content, start: int, end: int, status: int, headers: Mapping[str, str]) -> None:
-        super().__init__(None, status, headers, "application/octet-stream")
+    def __init__(
+        self,
+        content: Content,
+        start: int,
+        end: int,
+        status: int,
+        headers: Mapping[str, str],
+        media_type: str = "application/octet-stream",
+    ) -> None:
+        super().__init__(None, status, headers, media_type)
         self.headers["content-length"] = str(end - start)
         self._content = content
         self._start = start
@@ -85,10 +93,17 @@ class ContentResponse(Response):
             self._content.close()
 
 
-def blob_response(sha1: Sha1, content: Content, request_headers: Mapping[str, str]) -> Response:
+def blob_response(
+    sha1: Sha1,
+    content: Content,
+    request_headers: Mapping[str, str],
+    *,
+    media_type: str = "application/octet-stream",
+    cache_control: str = IMMUTABLE,
+) -> Response:
     """The answer to GET or HEAD of a blob: 200, 206 or 304. Raises RangeNotSatisfiable. Takes over `content`."""
     tag = etag(sha1)
-    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": IMMUTABLE}
+    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": cache_control}
     if matches(request_headers.get("if-none-match"), tag):
         content.close()
         return Response(None, 304, headers)
@@ -101,6 +116,6 @@ def blob_response(sha1: Sha1, content: Content, request_headers: Mapping[str, st
         content.close()
         raise
     if part is None:
-        return ContentResponse(content, 0, content.size, 200, headers)
+        return ContentResponse(content, 0, content.size, 200, headers, media_type)
     headers["content-range"] = part.header()
-    return ContentResponse(content, part.start, part.end, 206, headers)
+    return ContentResponse(content, part.start, part.end, 206, headers, media_type)

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import Connection, Table, select
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from kachery_lab.blobs.disk import Disk
 from kachery_lab.blobs.durable import write_file
 from kachery_lab.core.roles import Role
 from kachery_lab.db import models
 from kachery_lab.db.engine import Database
-from kachery_lab.errors import KacheryLabError, NotFound, StartRefused
+from kachery_lab.errors import Conflict, KacheryLabError, NotFound, StartRefused
 
 T = TypeVar("T")
 
@@ -119,12 +120,16 @@ class AccessData:
         self._now = self._database.read_sync(_read)
 
     async def change(self, fn: Callable[[Connection], T]) -> T:
-        """Run a change; it is in force, for open connections too, when this returns."""
+        """Run a change; it is in force, for open connections too, when this returns. Raises Conflict when what it
+        refers to was removed, or added, between the caller's look and the change."""
 
         def run(conn: Connection) -> tuple[T, _Snapshot]:
             return fn(conn), _read(conn)
 
-        result, self._now = await self._database.write(run)
+        try:
+            result, self._now = await self._database.write(run)
+        except IntegrityError as error:
+            raise Conflict("something that this refers to changed meanwhile", hint="Try again") from error
         for listener in self.listeners:
             listener()
         self._dirty = True
@@ -232,7 +237,7 @@ class AccessData:
         try:
             tables = json.loads(self._file.read_text(encoding="utf-8"))["tables"]
             rows = self._database.write_sync(lambda conn: _insert(conn, tables))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, SQLAlchemyError) as error:
             raise StartRefused(
                 f"{self._file} cannot be read: {error}", hint="Restore it from a backup, or move it away"
             ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,13 @@ from sqlalchemy import delete, insert, select
 
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import audit
-from kachery_lab.errors import KacheryLabError
+from kachery_lab.errors import Forbidden, KacheryLabError
 from kachery_lab.services.principals import Principal
 
 MAX_DETAIL = 500
+REPEAT_SECONDS = 60.0
+"""The same refusal within this time is one entry: what polls does not fill the table."""
+_REPEATS = 10_000
 
 log = structlog.get_logger(__name__)
 
@@ -41,23 +45,56 @@ class AuditService:
     def __init__(self, database: Database, retention_days: int) -> None:
         self._database = database
         self.retention_days = retention_days
+        self._refused: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
     @asynccontextmanager
-    async def action(self, actor: Principal, action: str, what: str, detail: str = "") -> AsyncIterator[None]:
-        """Records what the block does: `done`, or the code of the KacheryLabError that ends it, which passes on."""
+    async def action(
+        self, actor: Principal, action: str, what: str, detail: str = ""
+    ) -> AsyncIterator[Callable[[str], None]]:
+        """Records what the block does: `done`, or the code of the KacheryLabError that ends it, which passes on. The
+        block may add to the detail by calling what it is given."""
+        notes = [detail] if detail else []
+        try:
+            yield notes.append
+        except KacheryLabError as error:
+            await self.record(actor, action, what, error.code, "; ".join([*notes, error.message]))
+            raise
+        await self.record(actor, action, what, "done", "; ".join(notes))
+
+    @asynccontextmanager
+    async def refusals(self, who: str, peer: str | None, action: str, what: str) -> AsyncIterator[None]:
+        """Records that the block is refused: a Forbidden that ends it, which passes on. `who` is proved (`kind:name`).
+
+        The log has it too. The same refusal again within REPEAT_SECONDS is not recorded again.
+        """
         try:
             yield
-        except KacheryLabError as error:
-            await self.record(actor, action, what, error.code, detail or error.message)
+        except Forbidden as error:
+            if self._is_new((who, action, what)):
+                log.warning("refused", who=who, peer=peer, action=action, object=what, reason=error.message)
+                await self._write(who, peer, action, what, error.code, error.message)
             raise
-        await self.record(actor, action, what, "done", detail)
+
+    def _is_new(self, refusal: tuple[str, str, str]) -> bool:
+        now = time.monotonic()
+        before = self._refused.get(refusal)
+        if before is not None and now - before < REPEAT_SECONDS:
+            return False
+        self._refused[refusal] = now
+        self._refused.move_to_end(refusal)
+        if len(self._refused) > _REPEATS:
+            self._refused.popitem(last=False)
+        return True
 
     async def record(self, actor: Principal, action: str, what: str, outcome: str, detail: str = "") -> None:
         """Write one entry. A database that cannot be written loses it, but not the answer; the log has it then."""
+        await self._write(f"{actor.kind}:{actor.name}", actor.peer, action, what, outcome, detail)
+
+    async def _write(self, who: str, peer: str | None, action: str, what: str, outcome: str, detail: str) -> None:
         row = {
             "at": int(time.time() * 1000),
-            "principal": f"{actor.kind}:{actor.name}",
-            "peer": actor.peer,
+            "principal": who,
+            "peer": peer,
             "action": action,
             "object": what[:MAX_DETAIL],
             "outcome": outcome,

@@ -17,7 +17,7 @@ from kachery_lab.core.ids import NodeId, UserName
 from kachery_lab.core.keys import PrivateKey, derive_key
 from kachery_lab.core.roles import Role, role_names
 from kachery_lab.db.models import authorizations, membership_passcodes, memberships, passcodes
-from kachery_lab.errors import Conflict, InvalidInput, NotFound
+from kachery_lab.errors import Conflict, Forbidden, InvalidInput, NotFound
 from kachery_lab.services.access_data import AccessData, Membership, Passcode
 from kachery_lab.services.audit import AuditService
 from kachery_lab.services.channels import ChannelService
@@ -112,7 +112,7 @@ class AuthorizationService:
         return [
             found
             for found in self._data.memberships.values()
-            if channel in (None, found.channel) and node_id in (None, found.node_id)
+            if channel in (None, found.channel) and node_id in (None, found.node_id) and actor.covers(found.channel)
         ]
 
     async def join(
@@ -133,6 +133,8 @@ class AuthorizationService:
         """
         async with self._audit.action(actor, "membership.join", f"{channel} node:{node_id}"):
             self._nodes.require_speaker(actor, node_id)
+            if not actor.covers(channel):
+                raise Forbidden("this token is for other channels")
             found = self._data.channel(channel)
             offer = offer or ("uploaded" if found.public else "local")
             if offer not in ("local", "uploaded"):
@@ -154,7 +156,7 @@ class AuthorizationService:
                 _show(conn, channel, node_id, digests)
 
             await self._data.change(change)
-        return self._data.memberships[channel, node_id]
+            return self._data.memberships[channel, node_id]
 
     async def leave(self, actor: Principal, channel: str, node_id: NodeId) -> None:
         """Give up a membership. The node's owner or the channel's may. Raises NotFound."""
@@ -162,7 +164,8 @@ class AuthorizationService:
             actor.require("admin", "channel-owner")
             node, found = self._data.nodes.get(node_id), self._data.channels.get(channel)
             owners = {node.owner if node else None, found.owner if found else None}
-            if (channel, node_id) not in self._data.memberships or not (actor.may("admin") or actor.name in owners):
+            may = actor.may("admin") or (actor.name in owners and actor.covers(channel))
+            if (channel, node_id) not in self._data.memberships or not may:
                 raise NotFound(f"the node {node_id} is no member of {channel!r}")
             statement = delete(memberships).where(memberships.c.channel == channel, memberships.c.node_id == node_id)
 
@@ -192,7 +195,7 @@ class AuthorizationService:
         self, actor: Principal, channel: str, roles: Role, label: str = "", passcode: str | None = None
     ) -> tuple[Passcode, str]:
         """A passcode that grants roles to every membership that shows it, and its text, which is shown this once."""
-        text = passcode or secrets.token_urlsafe(15)
+        text = secrets.token_urlsafe(15) if passcode is None else passcode
         async with self._audit.action(actor, "passcode.add", channel, ", ".join(role_names(roles))):
             self._channels.require_owner(actor, channel)
             digest = self.digest(channel, text)
@@ -203,7 +206,7 @@ class AuthorizationService:
             row = {"channel": channel, "digest": digest, "id": secrets.token_hex(4), "label": label}
             statement = insert(passcodes).values(**row, granted=int(roles), created_at=int(time.time() * 1000))
             await self._data.change(lambda conn: conn.execute(statement).rowcount)
-        return self._data.passcodes[channel, digest], text
+            return self._data.passcodes[channel, digest], text
 
     async def remove_passcode(self, actor: Principal, channel: str, passcode_id: str) -> None:
         """End a passcode for everybody who shows it. Raises NotFound."""

@@ -63,10 +63,23 @@ class BucketService:
         row = await self._database.read(lambda conn: conn.execute(statement).one_or_none())
         return None if row is None else _reference(row)
 
+    async def list(self, channel: str, after: str, limit: int) -> list[Reference]:
+        """References whose path comes after `after`, by path. No rights are checked."""
+        statement = select(bucket_objects).where(bucket_objects.c.channel == channel, bucket_objects.c.path > after)
+        statement = statement.order_by(bucket_objects.c.path).limit(limit)
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return [_reference(row) for row in rows]
+
     async def open(self, channel: str, path: ObjectPath, reader: Subject | None) -> tuple[Reference, Content]:
-        """Verified content of an object; the caller closes it. Raises NotFound, also for what the reader may not see:
-        existence is answered per channel and reader."""
-        reference = await self.find(channel, path.text) if self.may_read(channel, path, reader) else None
+        """Verified content of an object; the caller closes it.
+
+        A known reader without the role gets Forbidden, whether the object is there or not; nobody in particular gets
+        NotFound for everything in a private channel.
+        """
+        allowed = self.may_read(channel, path, reader)
+        if reader is not None and not allowed:
+            self._roles.require(reader, channel, path.request)
+        reference = await self.find(channel, path.text) if allowed else None
         if reference is None or (reference.on_demand and reader is None):
             raise NotFound("there is no such object in this channel")
         return reference, await self._blobs.open(reference.sha1)
@@ -110,7 +123,7 @@ class BucketService:
             if on_demand and known is None and conn.execute(_tombstone(channel, path.text)).first() is not None:
                 raise NotFound("this object was deleted in this channel", hint="Upload it again")
             if limit is not None and known is None and _used(conn, channel) + size > limit:
-                raise StorageFull(f"the channel {channel} is full: its limit is {limit} bytes")
+                raise _full(channel, limit)
             return known is None or known.sha1 != sha1
 
         # Looked at before the log is written, so that a refusal leaves no record.
@@ -120,6 +133,18 @@ class BucketService:
         if not await self._log.append([to_line(record)], lambda conn: apply_reference(conn, record)):
             raise Conflict(f"another object was stored at {path.text} meanwhile; it stays")
         return True
+
+    async def require_room(self, channel: str, path: ObjectPath, size: int) -> None:
+        """Raises StorageFull when a new object of this size is over the channel's limit now."""
+        limit = self._data.channel(channel).max_bytes
+        if limit is None:
+            return
+
+        def fits(conn: Connection) -> bool:
+            return conn.execute(_one(channel, path.text)).first() is not None or _used(conn, channel) + size <= limit
+
+        if not await self._database.read(fits):
+            raise _full(channel, limit)
 
     async def forget(self, channel: str, path: ObjectPath, by: Subject) -> None:
         """Delete an object in a channel: the reference goes, a tombstone stays, the bytes are not touched."""
@@ -153,6 +178,10 @@ class BucketService:
                 if await self._database.read(lambda conn, r=record: _expired(conn, r)):  # type: ignore[misc]
                     count += await self._log.append([to_line(record)], lambda conn, r=record: apply_expire(conn, r))  # type: ignore[misc]
         return count
+
+
+def _full(channel: str, limit: int) -> StorageFull:
+    return StorageFull(f"the channel {channel} is full: its limit is {limit} bytes")
 
 
 def _reference(row: Any) -> Reference:

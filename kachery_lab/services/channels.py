@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, update
 
 from kachery_lab.core.ids import ChannelName, UserName
 from kachery_lab.core.keys import PrivateKey, derive_key, seal, unseal
+from kachery_lab.core.objects import ObjectPath
 from kachery_lab.core.roles import Role
+from kachery_lab.core.strict_json import MAX_SAFE_INTEGER
 from kachery_lab.db.models import authorizations, channels, memberships
 from kachery_lab.errors import Conflict, Forbidden, InvalidInput, NotFound
 from kachery_lab.services.access_data import AccessData, Channel
 from kachery_lab.services.audit import AuditService
-from kachery_lab.services.buckets import BucketService
+from kachery_lab.services.buckets import BucketService, Reference
 from kachery_lab.services.principals import Principal
+from kachery_lab.services.subjects import Subject
 from kachery_lab.services.users import add_user
 
 DEFAULT = ChannelName("default")
-LIMITS = ("max_bytes", "max_object_bytes", "retention_days")
+LIMITS = {"max_bytes": MAX_SAFE_INTEGER, "max_object_bytes": MAX_SAFE_INTEGER, "retention_days": 36_500}
+"""The largest value of each limit."""
 
 
 class ChannelService:
@@ -59,13 +64,31 @@ class ChannelService:
         seed = unseal(self._sealing_key, channel.sealed_resource_key, channel.name.encode())
         return PrivateKey.from_seed(seed.hex())
 
+    # -- the bucket ----------------------------------------------------------------------------------------------
+
+    async def used(self, actor: Principal, name: str) -> int:
+        """Logical bytes of the channel's objects."""
+        self.require_owner(actor, name)
+        return await self._buckets.used(name)
+
+    async def objects(self, actor: Principal, name: str, after: str, limit: int) -> Sequence[Reference]:
+        """Objects whose path comes after `after`, by path."""
+        self.require_owner(actor, name)
+        return await self._buckets.list(name, after, limit)
+
+    async def remove_object(self, actor: Principal, name: str, path: str) -> None:
+        """Delete an object in this channel; a tombstone stays, the bytes are not touched. Raises NotFound."""
+        async with self._audit.action(actor, "object.delete", f"{name}/{path}"):
+            self.require_owner(actor, name)
+            await self._buckets.forget(name, ObjectPath.parse(path), Subject("user", actor.owner_name))
+
     # -- changing ------------------------------------------------------------------------------------------------
 
     async def create(
         self, actor: Principal, name: ChannelName, owner: UserName | None = None, *, public: bool = False, **limits: Any
     ) -> Channel:
         """A new channel; the caller owns it unless an admin names another owner. Raises Conflict for a taken name."""
-        owner = owner or UserName(actor.name if actor.kind == "user" else "admin")
+        owner = owner or UserName(actor.owner_name)
         async with self._audit.action(actor, "channel.create", name, f"owner {owner}"):
             actor.require("admin", "channel-owner")
             if not actor.may("admin") and (owner != actor.name or not actor.covers(name)):
@@ -74,7 +97,7 @@ class ChannelService:
                 raise Conflict(f"there is a channel {name!r} already")
             _check_limits(limits)
             await self._data.change(lambda conn: self.insert(conn, name, owner, public=public, **limits))
-        return self._data.channels[name]
+            return self._data.channels[name]
 
     def insert(self, conn: Connection, name: str, owner: str, *, public: bool, **limits: Any) -> None:
         """The rows of a new channel with a resource key of its own. For use inside a change."""
@@ -112,10 +135,14 @@ class ChannelService:
 
     async def update(self, actor: Principal, name: str, changes: dict[str, Any]) -> Channel:
         """Change `owner`, `public`, `public_local` or limits (None: no limit). Making a channel public drops what was
-        only offered on demand and turns `local` offers into `uploaded`, unless `public_local` is set with it."""
+        only offered on demand and turns `local` offers into `uploaded`, unless `public_local` is set with it. Raises
+        InvalidInput, Forbidden, NotFound."""
         async with self._audit.action(actor, "channel.update", name, ", ".join(sorted(changes))):
             channel = self.require_owner(actor, name)
             _check_limits({key: value for key, value in changes.items() if key in LIMITS})
+            for key in ("public", "public_local"):
+                if not isinstance(changes.get(key, False), bool):
+                    raise InvalidInput(f"{key}: expected true or false")
             if unknown := set(changes) - {*LIMITS, "owner", "public", "public_local"}:
                 raise InvalidInput(f"a channel has no {', '.join(sorted(unknown))}")
             becomes_public = changes.get("public", channel.public) and not channel.public
@@ -128,12 +155,13 @@ class ChannelService:
                     add_user(conn, values["owner"])
                 if becomes_public:
                     values["epoch"] = channel.epoch + 1
-                    conn.execute(update(memberships).where(memberships.c.channel == name).values(offer="uploaded"))
+                    if not changes.get("public_local"):
+                        conn.execute(update(memberships).where(memberships.c.channel == name).values(offer="uploaded"))
                 if values:
                     conn.execute(update(channels).where(channels.c.name == name).values(**values))
 
             await self._data.change(change)
-        return self._data.channels[name]
+            return self._data.channel(name)
 
     async def remove(self, actor: Principal, name: str) -> None:
         """Remove a channel with its memberships, rights and references. Blobs that something else refers to stay."""
@@ -150,5 +178,6 @@ def _check_limits(limits: dict[str, Any]) -> None:
     for key, value in limits.items():
         if key not in LIMITS:
             raise InvalidInput(f"{key}: a channel has no such limit")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
-            raise InvalidInput(f"{key}: expected a whole number above 0, or null for no limit")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 0 < value <= LIMITS[key]):
+            raise InvalidInput(f"{key}: expected a whole number from 1 to {LIMITS[key]}, or null for no limit")

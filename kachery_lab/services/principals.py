@@ -30,6 +30,11 @@ class Principal:
         """Whether the credential reaches a channel at all."""
         return self.channels is None or channel in self.channels
 
+    @property
+    def owner_name(self) -> str:
+        """The user who owns what the caller makes."""
+        return self.name if self.kind == "user" else "admin"
+
     def may(self, scope: str) -> bool:
         """Whether the caller holds a scope. The operator holds all; a local client may do what `client` may."""
         return self.kind == "operator" or scope in self.scopes

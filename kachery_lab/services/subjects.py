@@ -19,11 +19,13 @@ _WRITE = Role.PROVIDE_FILES | Role.PROVIDE_FEEDS | Role.PROVIDE_TASKS
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Written `kind:name` where it is kept. `ceiling` is what the credential leaves of the subject's roles."""
+    """Written `kind:name` where it is kept. `ceiling` is what the credential leaves of the subject's roles, `channels`
+    the only channels that it reaches (None: all)."""
 
     kind: Kind
     name: str
     ceiling: Role = Role.ALL
+    channels: frozenset[str] | None = None
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
@@ -46,7 +48,7 @@ def subject_of(principal: Principal, own_node: NodeId) -> Subject:
         ceiling |= _READ
     if principal.may("write"):
         ceiling |= _WRITE
-    return Subject("user", principal.name, ceiling)
+    return Subject("user", principal.name, ceiling, principal.channels)
 
 
 class RoleService:
@@ -57,6 +59,8 @@ class RoleService:
 
     def roles(self, subject: Subject, channel: str) -> Role:
         """What a subject may do in a channel now; nothing in a channel that does not exist."""
+        if subject.channels is not None and channel not in subject.channels:
+            return Role.NONE
         if subject.kind == "node":
             found = self._data.node_roles(channel, subject.name)
         elif subject.kind == "user":

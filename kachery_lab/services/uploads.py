@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterable
 
 from kachery_lab.core.canonical_json import loads_2021
 from kachery_lab.core.feeds import accept_chain, parse_signed_message
-from kachery_lab.core.objects import ObjectPath
+from kachery_lab.core.ids import NodeId, Sha1
+from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.tickets import PUT_SECONDS, Capability, Signer, Ticket
 from kachery_lab.errors import Conflict, ContentMismatch, Forbidden, InvalidInput, TooLarge
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.blobs import BlobService, Claim
 from kachery_lab.services.buckets import BucketService
+from kachery_lab.services.origins import OriginService
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.subjects import RoleService, Subject
 
+SMALL_JSON = 256 * 1024
 MAX_JSON_OBJECT = 100_000_000
 """Bytes of a feed message or a task result."""
 
@@ -25,13 +30,22 @@ class UploadService:
     """Issues tickets and capabilities and honours them."""
 
     def __init__(
-        self, data: AccessData, roles: RoleService, signer: Signer, blobs: BlobService, buckets: BucketService
+        self,
+        data: AccessData,
+        roles: RoleService,
+        signer: Signer,
+        blobs: BlobService,
+        buckets: BucketService,
+        origins: OriginService,
+        hub_id: NodeId,
     ) -> None:
         self._data = data
         self._roles = roles
         self._signer = signer
         self._blobs = blobs
         self._buckets = buckets
+        self._origins = origins
+        self._hub_id = hub_id
 
     # -- permissions in URLs -------------------------------------------------------------------------------------
 
@@ -65,6 +79,19 @@ class UploadService:
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
+    def holder(self, segment: str) -> tuple[Subject, str]:
+        """On whose behalf an upload ticket was issued, and for which channel. Raises Forbidden for a forged one."""
+        ticket = self._signer.open_ticket(segment)
+        return Subject.parse(ticket.principal), ticket.channel
+
+    async def adopt(self, channel: str, sha1: Sha1, size: int, owner: Subject) -> bool:
+        """Put a file that is here already into a bucket; whether the reference is new. Raises what `issue` raises,
+        and StorageFull."""
+        path = ObjectPath.parse(file_path(sha1))
+        self._roles.require(owner, channel, path.provide)
+        self._check_size(channel, path, size)
+        return await self._buckets.refer(channel, path, sha1, size, owner)
+
     async def receive(self, segment: str, stream: AsyncIterable[bytes], size: int | None, peer: str | None) -> bool:
         """Honour an upload ticket; whether the object is new. Repeating it with the same bytes is no error.
 
@@ -80,22 +107,34 @@ class UploadService:
         if size is not None and ticket.size is not None and size != ticket.size:
             raise ContentMismatch(f"{size} bytes are announced, the ticket is for {ticket.size}")
         self._check_size(ticket.channel, path, expected)
-        principal = Principal("user" if owner.kind == "user" else "local", str(owner), peer=peer)
+        if expected is not None:
+            # Before the bytes come; `refer` decides when they are here.
+            await self._buckets.require_room(ticket.channel, path, expected)
+        principal = Principal("operator", str(owner), peer=peer)
         limit = self._data.channel(ticket.channel).max_object_bytes
         if path.kind == "file":
+            assert path.sha1 is not None
             claim = Claim(sha1=path.sha1, size=expected, max_size=limit)
+            await self._arriving(path.sha1, ticket.channel)
             stored = await self._blobs.store(stream, claim, principal)
         else:
             data = await _gather(stream, min(limit or MAX_JSON_OBJECT, MAX_JSON_OBJECT))
             if expected is not None and len(data) != expected:
                 raise ContentMismatch(f"{len(data)} bytes arrived, {expected} were announced")
             await self._check_document(ticket.channel, path, data)
+            await self._arriving(Sha1(hashlib.sha1(data, usedforsecurity=False).hexdigest()), ticket.channel)
             stored = await self._blobs.store_bytes(data, principal)
         return await self._buckets.refer(ticket.channel, path, stored.sha1, stored.size, owner)
 
+    async def _arriving(self, sha1: Sha1, channel: str) -> None:
+        """What is uploaded to a channel is not this server's own to offer in others."""
+        here = await self._blobs.store_on_volume.stat(sha1) is not None
+        await self._origins.arriving(sha1, f"{self._hub_id}/{channel}", here=here)
+
     async def _check_document(self, channel: str, path: ObjectPath, data: bytes) -> None:
         try:
-            value = loads_2021(data)
+            # In a thread: a large document would keep every other request waiting.
+            value = loads_2021(data) if len(data) < SMALL_JSON else await asyncio.to_thread(loads_2021, data)
         except InvalidInput as error:
             raise ContentMismatch(f"the object is not JSON: {error.message}") from error
         if path.kind == "subfeed":

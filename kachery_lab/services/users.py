@@ -32,6 +32,13 @@ class UserService:
         actor.require("admin")
         return sorted(self._data.users.items())
 
+    def get(self, actor: Principal, name: str) -> tuple[str, int]:
+        """(Name, when made). Raises Forbidden, NotFound."""
+        actor.require("admin")
+        if name not in self._data.users:
+            raise NotFound(f"there is no user {name!r}")
+        return name, self._data.users[name]
+
     async def create(self, actor: Principal, name: UserName) -> None:
         """Raises Forbidden, Conflict when the user is there."""
         async with self._audit.action(actor, "user.create", name):
@@ -40,12 +47,10 @@ class UserService:
                 raise Conflict(f"there is a user {name!r} already")
             await self._data.change(lambda conn: add_user(conn, name))
 
-    async def remove(self, actor: Principal, name: UserName) -> None:
+    async def remove(self, actor: Principal, name: str) -> None:
         """Remove a user with its tokens and authorizations. Raises Conflict while it owns nodes or channels."""
         async with self._audit.action(actor, "user.remove", name):
-            actor.require("admin")
-            if name not in self._data.users:
-                raise NotFound(f"there is no user {name!r}")
+            self.get(actor, name)
             owned = [f"channel {c.name}" for c in self._data.channels.values() if c.owner == name]
             owned += [f"node {n.node_id}" for n in self._data.nodes.values() if n.owner == name]
             if owned:

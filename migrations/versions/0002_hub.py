@@ -28,6 +28,14 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_audit_at"), ["at"], unique=False)
 
     op.create_table(
+        "blob_origins",
+        sa.Column("sha1", sa.Text(), nullable=False),
+        sa.Column("origin", sa.Text(), nullable=False),
+        sa.Column("recorded_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("sha1", "origin", name=op.f("pk_blob_origins")),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "channels",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("owner", sa.Text(), nullable=False),
@@ -158,6 +166,7 @@ def downgrade() -> None:
     op.drop_table("authorizations")
     op.drop_table("nodes")
     op.drop_table("channels")
+    op.drop_table("blob_origins")
     with op.batch_alter_table("audit", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_audit_at"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kachery_lab.db.models.audit import audit
 from kachery_lab.db.models.base import metadata
-from kachery_lab.db.models.blobs import blobs
+from kachery_lab.db.models.blobs import blob_origins, blobs
 from kachery_lab.db.models.buckets import bucket_objects, tombstones
 from kachery_lab.db.models.channels import authorizations, channels, membership_passcodes, memberships, passcodes
 from kachery_lab.db.models.feeds import feed_names, feeds, subfeeds
@@ -20,6 +20,7 @@ __all__ = [
     "append_requests",
     "audit",
     "authorizations",
+    "blob_origins",
     "blobs",
     "bucket_objects",
     "channels",
