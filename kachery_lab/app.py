@@ -11,13 +11,13 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kachery_lab.http import admin, health, v1
+from kachery_lab.http import admin, buckets, health, openapi, v1
 from kachery_lab.http.bodies import JsonBudget
 from kachery_lab.http.context import SOCKET_STATE
 from kachery_lab.http.errors import EXCEPTION_HANDLERS
 from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, SafetyHeaders, Unexpected
 from kachery_lab.http.paths import by_exact_path
-from kachery_lab.http.protocols import daemon2021
+from kachery_lab.http.protocols import daemon2021, hub2021
 from kachery_lab.node import Node
 
 
@@ -37,7 +37,17 @@ def create_app(node: Node) -> Starlette:
 
     settings = node.settings
     app = Starlette(
-        routes=by_exact_path([*daemon2021.routes(), *v1.routes(), *admin.routes(), *health.routes(node.problems)]),
+        routes=by_exact_path(
+            [
+                *daemon2021.routes(),
+                *hub2021.routes(),
+                *buckets.routes(),
+                *v1.routes(),
+                *admin.routes(),
+                *health.routes(node.problems),
+                *openapi.routes(),
+            ]
+        ),
         middleware=[
             Middleware(RequestLog),
             Middleware(Cors, origins=settings.cors_origins),

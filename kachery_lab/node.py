@@ -9,21 +9,18 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from kachery_lab import __version__
-from kachery_lab.blobs.disk import TROUBLE_LIMIT, Disk
-from kachery_lab.blobs.durable import write_file
+from kachery_lab.blobs.disk import Disk
 from kachery_lab.blobs.journal import START, Journal, Position
 from kachery_lab.blobs.layout import MetadataLayout, StorageLayout
 from kachery_lab.blobs.links import LinkPolicy
 from kachery_lab.blobs.local import LocalBlobStore
 from kachery_lab.blobs.volume import (
-    HEARTBEAT,
     ProcessLock,
     VolumeOwner,
     ensure_directory,
@@ -31,159 +28,51 @@ from kachery_lab.blobs.volume import (
     read_volume_id,
     require_access,
     require_writable,
-    sweep_leftovers,
     write_volume_id,
 )
+from kachery_lab.client.hub import HubClient
 from kachery_lab.core.ids import NodeLabel
+from kachery_lab.core.keys import derive_key
+from kachery_lab.core.tickets import Signer
 from kachery_lab.db import filesystem
 from kachery_lab.db.engine import Database
 from kachery_lab.db.migrate import MigrationReport, migrate
-from kachery_lab.errors import InvalidInput, KacheryLabError, StartRefused
+from kachery_lab.errors import InvalidInput, StartRefused
+from kachery_lab.lifecycle import VOLUME_ID
+from kachery_lab.lifecycle import Node as Node
 from kachery_lab.services import feed_index, mutables
 from kachery_lab.services.access import AccessService
+from kachery_lab.services.access_data import AccessData
+from kachery_lab.services.audit import AuditService
+from kachery_lab.services.authorizations import AuthorizationService
 from kachery_lab.services.blobs import BlobService
-from kachery_lab.services.events import Events
+from kachery_lab.services.buckets import BucketService
+from kachery_lab.services.certificates import CertificateService
+from kachery_lab.services.channels import ChannelService
 from kachery_lab.services.facts import Facts
+from kachery_lab.services.federation import JoinedHub
 from kachery_lab.services.feeds import FeedService
 from kachery_lab.services.files import FileService
-from kachery_lab.services.identity import Identity, open_identity
+from kachery_lab.services.identity import open_identity
 from kachery_lab.services.links import LinkService
 from kachery_lab.services.logs import LogWriter, replay
-from kachery_lab.services.mutables import OTHER_CODES, MutableService
-from kachery_lab.services.principals import OPERATOR
+from kachery_lab.services.mutables import MutableService
+from kachery_lab.services.node_requests import NodeRequests
+from kachery_lab.services.nodes import NodeService
+from kachery_lab.services.offers import ChannelFinder, OwnHub
+from kachery_lab.services.origins import OriginService
 from kachery_lab.services.stats import Stats
-from kachery_lab.services.tokens import TokenService, new_secret
+from kachery_lab.services.subjects import RoleService
+from kachery_lab.services.tokens import TokenService
+from kachery_lab.services.uploads import UploadService
+from kachery_lab.services.users import UserService
 from kachery_lab.services.watches import WatchService
 from kachery_lab.settings import Settings, secret_files
 
 FEEDS_LOG = "feeds_log"
 RECORDS_LOG = "records_log"
-VOLUME_ID = "volume_id"
-PRUNE_SECONDS = 3600.0
 
 log = structlog.get_logger(__name__)
-
-
-class Node:
-    """Everything a running server has. Made by `open_node`; `start` and `close` belong to one event loop."""
-
-    settings: Settings
-    storage: StorageLayout
-    metadata: MetadataLayout
-    identity: Identity
-    disk: Disk
-    database: Database
-    store: LocalBlobStore
-    facts: Facts
-    tokens: TokenService
-    access: AccessService
-    links: LinkService
-    blobs: BlobService
-    files: FileService
-    feeds: FeedService
-    watches: WatchService
-    mutables: MutableService
-    stats: Stats
-    report: dict[str, Any]
-    volume_id: str
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._logs: list[LogWriter] = []
-        self._owner: VolumeOwner
-        self.stopping = asyncio.Event()
-        self.events = Events()
-
-    # -- running -------------------------------------------------------------------------------------------------
-
-    async def start(self) -> None:
-        """Publish the client code, make the first admin token, begin the background work."""
-        await self._first_admin_token()
-        found, codes = await self.mutables.get(OTHER_CODES, OPERATOR)
-        self.access.set_other_codes(codes if found else None)
-        await self.access.start()
-        swept = await self.disk.run(self.store.sweep) + await self.disk.run(sweep_leftovers, self.storage.root)
-        swept += await asyncio.to_thread(sweep_leftovers, self.metadata.root)
-        if swept:
-            log.info("temporary files of an earlier run were removed", files=swept)
-        for work in (self.access.keep_rotating(), self._heartbeat(), self._prune()):
-            self._tasks.append(asyncio.create_task(work))
-
-    async def _first_admin_token(self) -> None:
-        given = self.settings.admin_token
-        path = self.metadata.admin_token
-        if given is not None:
-            await self.tokens.ensure_admin(given.get_secret_value())
-        elif not await self.tokens.list():
-            secret = new_secret()
-            await asyncio.to_thread(write_file, path, f"{secret}\n".encode(), 0o600)
-            await self.tokens.ensure_admin(secret)
-
-    async def _heartbeat(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT)
-            try:
-                await self.disk.run(self._owner.beat)
-            except KacheryLabError as error:
-                log.warning("the volume's owner file was not renewed", code=error.code)
-
-    async def _prune(self) -> None:
-        from kachery_lab.services.subfeeds import REQUESTS_KEPT_MS
-
-        while True:
-            before = int(time.time() * 1000) - REQUESTS_KEPT_MS
-            try:
-                await self.database.write(lambda conn, at=before: feed_index.forget_requests(conn, at))  # type: ignore[misc]
-            except KacheryLabError as error:
-                log.warning("old request ids were not removed", code=error.code)
-            await asyncio.sleep(PRUNE_SECONDS)
-
-    def stop(self) -> None:
-        """Ask the server to stop; long polls answer at once."""
-        self.stopping.set()
-        self.events.close()
-
-    async def close(self) -> None:
-        """End background work, finish what was handed in, free everything. Called once, from the loop of `start`."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for writer in self._logs:
-            await writer.drain()
-        await asyncio.to_thread(self.release)
-
-    def release(self) -> None:
-        """Blocking: free everything of a node that was never started, or whose work has ended."""
-        self._stack.close()
-
-    # -- looking -------------------------------------------------------------------------------------------------
-
-    async def problems(self) -> list[str]:
-        """Why the node cannot do its work now; empty when it can. Touches volume and database."""
-        found = []
-        try:
-            if await self.disk.run(read_volume_id, self.storage) != self.volume_id:
-                found.append(f"{self.storage.root} is not the volume that this node was started with")
-            elif self.disk.trouble >= TROUBLE_LIMIT:
-                await self.disk.run(require_writable, self.storage.root)
-                self.disk.trouble = 0
-        except (KacheryLabError, StartRefused) as error:
-            found.append(f"storage: {error.message}")
-        try:
-            await self.facts.get(VOLUME_ID)
-        except KacheryLabError as error:
-            found.append(f"database: {error.message}")
-        return found
-
-    async def acknowledge_volume(self) -> None:
-        """Say in the database that its index is this volume's. The last step of a rebuild."""
-        await self.facts.set(VOLUME_ID, self.volume_id)
-
-    async def index_counts(self) -> tuple[int, int, int]:
-        """(Feeds, messages, mutables) in the index."""
-        feeds, messages = await self.database.read(feed_index.counts)
-        return feeds, messages, await self.database.read(mutables.count)
 
 
 def open_node(settings: Settings, *, rebuild: bool = False) -> Node:
@@ -225,7 +114,7 @@ def _open(node: Node, settings: Settings, rebuild: bool) -> None:
         node.facts.set_sync(VOLUME_ID, node.volume_id)
     node.disk = Disk(deadline=settings.disk_deadline)
     node._stack.callback(node.disk.close)
-    replayed = _open_services(node, gid)
+    replayed = _open_services(node, gid, rebuild)
     node.report = _self_check(node, warning, migration, replayed, time.monotonic() - started)
 
 
@@ -287,7 +176,7 @@ def _label(label: str | None) -> str:
         return "node"
 
 
-def _open_services(node: Node, gid: int | None) -> dict[str, int]:
+def _open_services(node: Node, gid: int | None, rebuild: bool) -> dict[str, int]:
     settings, storage, database, disk = node.settings, node.storage, node.database, node.disk
     events = node.events
     node.stats = Stats()
@@ -305,6 +194,11 @@ def _open_services(node: Node, gid: int | None) -> dict[str, int]:
     node.links = LinkService(node.store, database, policy)
     node.blobs = BlobService(node.store, database, node.links, min_free=settings.min_free)
     node.files = FileService(node.blobs, node.links, settings.advertised)
+    node.data = AccessData(database, disk, storage.access)
+    node.data.load()
+    if rebuild:
+        # Before the logs are read: references belong to channels.
+        node.data.restore()
     records = _open_log(node, RECORDS_LOG, storage.records_log)
     feeds = _open_log(node, FEEDS_LOG, storage.feeds_log)
     # Keys before feeds: a deletion in the feeds log takes the key that the records log made.
@@ -316,9 +210,30 @@ def _open_services(node: Node, gid: int | None) -> dict[str, int]:
     feeds_log = LogWriter(FEEDS_LOG, feeds, database, disk)
     node._logs = [feeds_log, records_log]
     node.mutables = MutableService(database, records_log)
+    node.audit = AuditService(database, settings.audit_days)
+    node.roles = RoleService(node.data)
+    node.buckets = BucketService(node.data, node.roles, database, records_log, node.blobs)
+    signer = Signer(derive_key(node.identity.key, "kachery-lab/tickets/1"))
+    node.origins = OriginService(database, records_log)
+    node.blobs.origins = node.origins
+    hub_id = node.identity.node_id
+    node.uploads = UploadService(node.data, node.roles, signer, node.blobs, node.buckets, node.origins, hub_id)
+    node.node_requests = NodeRequests(node.data, hub_id)
+    node.hub = HubClient(settings.hub_url, node.identity.key) if settings.hub_url else None
+    node.users = UserService(node.data, node.audit)
+    node.nodes = NodeService(node.data, node.audit, node.identity.node_id)
+    node.channels = ChannelService(node.data, node.audit, node.buckets, node.identity.key)
+    node.authorizations = AuthorizationService(node.data, node.audit, node.channels, node.nodes, node.identity.key)
+    node.certificates = CertificateService(node.data, node.channels, node.uploads)
+    own_hub = OwnHub(node.data, node.roles, node.audit, node.blobs, node.buckets, node.uploads, node.identity.node_id)
+    node.offers = ChannelFinder(own_hub)
+    node.joined = None
+    if node.hub is not None:
+        node.joined = JoinedHub(node.hub, node.blobs, node.origins, node.identity, node.stats, node.audit)
+        node.offers.prefer(node.joined)
     node.feeds = FeedService(database, feeds_log, records_log, events, node.identity.key)
     node.watches = WatchService(database, events)
-    node.tokens = TokenService(database)
+    node.tokens = TokenService(database, node.data, node.audit)
     node.tokens.load()
     node.access = AccessService(node.tokens, disk, storage.client_auth, gid, node.store.check_volume)
     return replayed

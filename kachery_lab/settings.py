@@ -7,13 +7,15 @@ environment beats the defaults.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kachery_lab.core.ids import NodeLabel, UserName
@@ -62,6 +64,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, validate_default=True)
 
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
     storage_dir: Path = Field(
         default=Path("~/kachery-storage"),
         validation_alias=_OWN_NAMES["storage_dir"],
@@ -85,6 +89,12 @@ class Settings(BaseSettings):
         default=None, description="Group (name or number) whose members may use this node; it gets `client-auth`"
     )
     public_url: str | None = Field(default=None, description="URL under which clients reach this server")
+    hub_url: str | None = Field(default=None, description="Another server whose channels this node joins")
+    legacy_nodes: bool = Field(default=True, description="Whether nodes of 2021 may use this hub")
+    audit_days: Annotated[int, Field(gt=0)] = Field(default=365, description="Days that audit entries are kept")
+    trusted_proxies: Names = Field(default=(), description="Addresses of proxies whose forwarded headers count")
+    server: str | None = Field(default=None, description="URL of the server that commands talk to; default: this node")
+    token: SecretStr | None = Field(default=None, description="Token that commands send to `server`")
     admin_token: SecretStr | None = Field(default=None, description="First admin token; otherwise one is made")
     advertised_storage_dir: Path | None = Field(
         default=None, description="Where clients see the storage directory, when it is mounted elsewhere for them"
@@ -110,6 +120,30 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else Path(os.path.abspath(value.expanduser()))
 
+    @field_validator("public_url", mode="after")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"{value!r}: expected http:// or https://, a name, and at most a port and a path")
+        return value.rstrip("/")
+
+    @field_validator("trusted_proxies", mode="after")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in value:
+            ipaddress.ip_network(proxy, strict=False)
+        return value
+
+    @field_validator("server", mode="after")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is None or re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
+            return value
+        raise ValueError("expected a URL that begins with http:// or https://")
+
     @field_validator("label", mode="after")
     @classmethod
     def _label(cls, value: str | None) -> str | None:
@@ -131,6 +165,10 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then environment, then `NAME_FILE`; no dotenv file, no secrets directory."""
         return (init_settings, env_settings, _SecretFiles(settings_cls))
+
+    def origin(self, field: str) -> str:
+        """Where the value of a field came from: `flag`, the variable's name, or `default`."""
+        return self._origins.get(field, "default")
 
     @property
     def advertised(self) -> Path:
@@ -190,7 +228,7 @@ def load_settings(flags: Mapping[str, object] | None = None) -> Settings:
     # An alias replaces the field's name in pydantic's input, so flags for aliased fields go in under the alias.
     renamed = {_OWN_NAMES.get(key, key): value for key, value in given.items()}
     try:
-        return Settings(**renamed)  # type: ignore[arg-type]
+        settings = Settings(**renamed)  # type: ignore[arg-type]
     except ValidationError as error:
         problems = [
             f"{variable(str(e['loc'][0]).lower()) if str(e['loc'][0]).islower() else e['loc'][0]}: {e['msg']}"
@@ -200,10 +238,12 @@ def load_settings(flags: Mapping[str, object] | None = None) -> Settings:
     except Exception as error:
         raise StartRefused(f"settings: {error}") from error
 
+    settings._origins.update({name: _origin(name, given) for name in Settings.model_fields})
+    return settings
 
-def origin(field: str, flags: Mapping[str, object] | None = None) -> str:
-    """Where the value of a field came from: `flag`, the variable's name, or `default`."""
-    if flags and flags.get(field) is not None:
+
+def _origin(field: str, flags: Mapping[str, object]) -> str:
+    if field in flags:
         return "flag"
     name = variable(field)
     if name in os.environ:
@@ -211,3 +251,17 @@ def origin(field: str, flags: Mapping[str, object] | None = None) -> str:
     if is_secret(field) and f"{name}_FILE" in os.environ:
         return f"{name}_FILE"
     return "default"
+
+
+def shown(settings: Settings, field: str) -> str:
+    """The value of a field as its variable would be written; secrets are masked, nothing is empty."""
+    value = getattr(settings, field)
+    if value is None:
+        return ""
+    if is_secret(field):
+        return "********"
+    if isinstance(value, tuple):
+        return (":" if value and isinstance(value[0], Path) else ",").join(str(part) for part in value)
+    if isinstance(value, dict):
+        return ",".join(f"{host}={container}" for host, container in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,6 +12,7 @@
   sha1-quarantine/aa/bb/cc/<sha1>  blobs and link records found to be wrong
   tmp/kachery-lab.<token>.<n>.tmp  drafts of the running process, 0600
   feeds-log/  records-log/         append-only logs, 0700
+  access.json                      copy of users, channels and rights, 0600; secrets hashed or encrypted
   .kachery-lab/                    metadata, when no other place is named and the disk is local
 <metadata>/
   kachery-lab.db  backups/         index and its backups before upgrades
@@ -96,6 +97,10 @@ class StorageLayout:
     @property
     def records_log(self) -> Path:
         return self.root / "records-log"
+
+    @property
+    def access(self) -> Path:
+        return self.root / "access.json"
 
     @property
     def default_metadata(self) -> Path:

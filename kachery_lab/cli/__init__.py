@@ -7,7 +7,7 @@ import sys
 import click
 
 from kachery_lab import __version__
-from kachery_lab.cli import config, info, reindex, start, token
+from kachery_lab.cli import audit, channel, config, info, node, passcode, reindex, start, token, user
 from kachery_lab.errors import KacheryLabError, StartRefused
 
 
@@ -20,7 +20,12 @@ def cli() -> None:
 cli.add_command(start.start)
 cli.add_command(info.info)
 cli.add_command(config.config)
+cli.add_command(user.user)
 cli.add_command(token.token)
+cli.add_command(node.node)
+cli.add_command(channel.channel)
+channel.channel.add_command(passcode.passcode)
+cli.add_command(audit.audit)
 cli.add_command(reindex.reindex)
 
 

@@ -28,7 +28,7 @@ def info(**flags: Any) -> None:
     async def running() -> bool:
         if not metadata.admin_socket.is_socket():
             return False
-        async with OperatorClient(metadata.admin_socket) as client:
+        async with OperatorClient.over_socket(metadata.admin_socket) as client:
             return await client.answers()
 
     click.echo(f"server    {'running' if asyncio.run(running()) else 'not running'}")

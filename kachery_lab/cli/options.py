@@ -13,6 +13,12 @@ _OPTIONS = [
     click.option("--storage-dir", metavar="DIR", help="Storage directory (KACHERY_STORAGE_DIR)"),
     click.option("--metadata-dir", metavar="DIR", help="Directory of the database, on a local disk"),
 ]
+_REMOTE = [
+    click.option("--server", metavar="URL", help="Server to talk to (KACHERY_LAB_SERVER); default: the node here"),
+    click.option(
+        "--token", metavar="TOKEN", help="Token for it; better in KACHERY_LAB_TOKEN or KACHERY_LAB_TOKEN_FILE"
+    ),
+]
 _SERVER = [
     click.option("--port", type=int, metavar="PORT", help="TCP port (KACHERY_DAEMON_PORT)"),
     click.option("--bind", metavar="ADDRESSES", help="Addresses to listen on, separated by commas"),
@@ -32,6 +38,11 @@ def _apply(options: Sequence[Callable[[Command], Command]], command: Command) ->
 def storage_options(command: Command) -> Command:
     """Where the storage and the database are."""
     return _apply(_OPTIONS, command)
+
+
+def admin_options(command: Command) -> Command:
+    """Which server to administer."""
+    return _apply([*_REMOTE, *_OPTIONS], command)
 
 
 def server_options(command: Command) -> Command:

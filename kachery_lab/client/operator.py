@@ -1,7 +1,8 @@
-"""The admin socket of a running server, as the CLI uses it."""
+"""A server's admin endpoints, as the CLI uses them: over its admin socket, over the network, or inside this process."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,15 +10,43 @@ from typing import Any, Self
 import httpx2
 
 from kachery_lab.client.problems import error_from_problem
+from kachery_lab.errors import Unavailable
+
+App = Callable[
+    [
+        MutableMapping[str, Any],
+        Callable[[], Awaitable[MutableMapping[str, Any]]],
+        Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ],
+    Awaitable[None],
+]
+"""An ASGI application."""
 
 
 class OperatorClient:
-    """Requests over a Unix socket that only the server's own user can open. An async context manager."""
+    """Requests to one server. An async context manager; made by `over_socket`, `to_server` or `in_process`."""
 
-    def __init__(self, path: Path) -> None:
-        transport = httpx2.AsyncHTTPTransport(uds=str(path))
+    def __init__(self, transport: httpx2.AsyncBaseTransport, url: str, token: str | None = None) -> None:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._url = url
         # Operations run to their end before they answer, a reindex for hours.
-        self._http = httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None)
+        timeout = httpx2.Timeout(None, connect=10.0)
+        self._http = httpx2.AsyncClient(transport=transport, base_url=url, timeout=timeout, headers=headers)
+
+    @classmethod
+    def over_socket(cls, path: Path) -> Self:
+        """The Unix socket that only the server's own user can open."""
+        return cls(httpx2.AsyncHTTPTransport(uds=str(path)), "http://localhost")
+
+    @classmethod
+    def to_server(cls, url: str, token: str | None) -> Self:
+        """A server by its URL, with a token."""
+        return cls(httpx2.AsyncHTTPTransport(), url.rstrip("/"), token)
+
+    @classmethod
+    def in_process(cls, app: App) -> Self:
+        """An application in this process."""
+        return cls(httpx2.ASGITransport(app), "http://localhost")
 
     async def __aenter__(self) -> Self:
         return self
@@ -34,23 +63,17 @@ class OperatorClient:
         except httpx2.TransportError:
             return False
 
-    async def get(self, path: str) -> dict[str, Any]:
-        """Raises the error that the server answered."""
-        return _answer(await self._http.get(path))
-
-    async def post(self, path: str, body: object) -> dict[str, Any]:
-        """Raises the error that the server answered."""
-        return _answer(await self._http.post(path, json=body))
-
-    async def delete(self, path: str) -> dict[str, Any]:
-        """Raises the error that the server answered."""
-        return _answer(await self._http.delete(path))
-
-
-def _answer(response: httpx2.Response) -> dict[str, Any]:
-    if response.status_code >= 400:
-        raise error_from_problem(response.status_code, _json(response))
-    return _json(response)
+    async def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """The JSON object that is answered, {} without one. Raises the error that the server answered, Unavailable when
+        it does not answer."""
+        try:
+            response = await self._http.request(method, path, json=body)
+        except httpx2.TransportError as error:
+            raise Unavailable(f"{self._url} does not answer: {error}", hint="Is the URL right?") from error
+        found = _json(response)
+        if response.status_code >= 400:
+            raise error_from_problem(response.status_code, found)
+        return found
 
 
 def _json(response: httpx2.Response) -> dict[str, Any]:

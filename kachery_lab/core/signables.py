@@ -27,3 +27,22 @@ def checkpoint_bytes(feed_id: str, subfeed_hash: str, count: int, head: bytes) -
     """What a feed's key signs to fix that its subfeed has `count` messages with this rolling head (32 bytes)."""
     fields = {"count": count, "feedId": feed_id, "head": head.hex(), "subfeedHash": subfeed_hash}
     return b"kachery-lab/checkpoint/1\n" + jcs(fields)
+
+
+def request_bytes(
+    method: str, target: str, body_sha256: str, timestamp: int, nonce: str, node_id: str, hub_id: str
+) -> bytes:
+    """What a node's key signs to make a request of our own API: exactly this request, to this hub, once.
+
+    `target` is path and query as sent, `timestamp` in seconds since 1970.
+    """
+    fields = {
+        "bodySha256": body_sha256,
+        "hubId": hub_id,
+        "method": method,
+        "nodeId": node_id,
+        "nonce": nonce,
+        "target": target,
+        "timestamp": timestamp,
+    }
+    return b"kachery-lab/request/1\n" + jcs(fields)

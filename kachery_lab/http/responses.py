@@ -67,14 +67,22 @@ class ContentResponse(Response):
     """Sends a part of verified content and closes it. A failure on the way ends the connection: the client sees fewer
     bytes than were announced, never other ones."""
 
-    def __init__(self, content: Content, start: int, end: int, status: int, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        content: Content,
+        start: int,
+        end: int,
+        status: int,
+        headers: Mapping[str, str],
+        media_type: str = "application/octet-stream",
+    ) -> None:
         # Not by Response.__init__, whose checks of headers that are made here would be a tenth of a small answer.
         self.status_code = status
         self.background = None
         self.body = b""
         self.raw_headers = [
             *((name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()),
-            (b"content-type", b"application/octet-stream"),
+            (b"content-type", media_type.encode("ascii")),
             (b"content-length", b"%d" % (end - start)),
         ]
         self._content = content
@@ -97,10 +105,17 @@ class ContentResponse(Response):
             self._content.close()
 
 
-def blob_response(sha1: Sha1, content: Content, request_headers: Mapping[str, str]) -> Response:
+def blob_response(
+    sha1: Sha1,
+    content: Content,
+    request_headers: Mapping[str, str],
+    *,
+    media_type: str = "application/octet-stream",
+    cache_control: str = IMMUTABLE,
+) -> Response:
     """The answer to GET or HEAD of a blob: 200, 206 or 304. Raises RangeNotSatisfiable. Takes over `content`."""
     tag = etag(sha1)
-    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": IMMUTABLE}
+    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": cache_control}
     if matches(request_headers.get("if-none-match"), tag):
         content.close()
         return Response(None, 304, headers)
@@ -113,6 +128,6 @@ def blob_response(sha1: Sha1, content: Content, request_headers: Mapping[str, st
         content.close()
         raise
     if part is None:
-        return ContentResponse(content, 0, content.size, 200, headers)
+        return ContentResponse(content, 0, content.size, 200, headers, media_type)
     headers["content-range"] = part.header()
-    return ContentResponse(content, part.start, part.end, 206, headers)
+    return ContentResponse(content, part.start, part.end, 206, headers, media_type)

@@ -25,6 +25,7 @@ from kachery_lab.db.models import blobs
 from kachery_lab.errors import LinkChanged, NotFound, Quarantined, StorageFull, Unavailable
 from kachery_lab.services import blob_index
 from kachery_lab.services.links import LinkService
+from kachery_lab.services.origins import OriginService
 from kachery_lab.services.principals import Principal
 
 FOUND = Principal("operator", "found on the volume")
@@ -87,6 +88,7 @@ class BlobService:
         self._database = database
         self._links = links
         self._min_free = min_free
+        self.origins: OriginService | None = None
         # What is known to be indexed, with the fingerprint of the last verification: saves a query for each read.
         self._known: OrderedDict[str, Fingerprint | None] = OrderedDict()
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -126,6 +128,8 @@ class BlobService:
         manifest = await self.store_manifest(received.size, received.sha1, received.chunks, principal)
         if not await self._write_row(blob_index.row_of(received, manifest, principal), received.fingerprint, since):
             raise Unavailable(f"{received.sha1} was deleted while it was stored", retry_after=1)
+        if not received.new and self.origins is not None and principal.kind != "operator":
+            await self.origins.stored_here(received.sha1)
         return StoredBlob(received.sha1, received.size, manifest, received.new)
 
     async def _write_row(self, row: dict[str, Any], fingerprint: Fingerprint, since: int) -> bool:

@@ -17,12 +17,23 @@ class Principal:
 
     `local` holds the code from `client-auth`, `browser` one of the additional codes, `user` a token, and `operator`
     reached the admin socket, which only the server's own user can open. `peer` is the network address, if any.
+    `channels` narrows a token to these channels; None: all.
     """
 
     kind: Kind
     name: str
     scopes: frozenset[str] = field(default_factory=frozenset)
     peer: str | None = None
+    channels: frozenset[str] | None = None
+
+    def covers(self, channel: str) -> bool:
+        """Whether the credential reaches a channel at all."""
+        return self.channels is None or channel in self.channels
+
+    @property
+    def owner_name(self) -> str:
+        """The user who owns what the caller makes."""
+        return self.name if self.kind == "user" else "admin"
 
     def may(self, scope: str) -> bool:
         """Whether the caller holds a scope. The operator holds all; a local client may do what `client` may."""

@@ -6,21 +6,26 @@ import base64
 import hashlib
 import secrets
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from kachery_lab.core.ids import UserName, parse_whole_number
+from kachery_lab.core.ids import ChannelName, UserName
+from kachery_lab.core.strict_json import MAX_SAFE_INTEGER
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import tokens, users
 from kachery_lab.errors import Conflict, InvalidInput, NotFound
+from kachery_lab.services.access_data import AccessData
+from kachery_lab.services.audit import AuditService
 from kachery_lab.services.principals import SCOPES, Principal
 
 PREFIX = "klk_"
 ADMIN = UserName("admin")
+MAX_CHANNELS = 100
+_UNCUT = ("client", "admin", "metrics")
+"""Scopes that reach beyond channels, so that narrowing a token to channels would not narrow them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class Token:
     created_at: int
     expires_at: int | None
     revoked_at: int | None
+    channels: frozenset[str] | None = None
 
     def in_force(self, now: int) -> bool:
         """Whether it opens anything at `now`."""
@@ -50,19 +56,32 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def parse_scopes(scopes: Iterable[str]) -> tuple[str, ...]:
+def parse_channels(names: object) -> frozenset[str] | None:
+    """The channels that a token is narrowed to, from a list of names; None: all. Raises InvalidInput."""
+    if names is None:
+        return None
+    if not isinstance(names, list) or not 1 <= len(names) <= MAX_CHANNELS:
+        raise InvalidInput(f"channels: expected a list of 1 to {MAX_CHANNELS} names")
+    return frozenset(ChannelName.parse(name, "channels") for name in names)
+
+
+def parse_scopes(scopes: object) -> tuple[str, ...]:
     """Known scopes, each once, in the order of SCOPES. Raises InvalidInput."""
-    wanted = set(scopes)
-    if not wanted or wanted - set(SCOPES):
+    wanted = scopes if isinstance(scopes, list | tuple) else ()
+    if not wanted or any(scope not in SCOPES for scope in wanted):
         raise InvalidInput(f"scopes: expected some of {', '.join(SCOPES)}")
     return tuple(scope for scope in SCOPES if scope in wanted)
 
 
 class TokenService:
-    """The table is small and read on every request with a token, so all of it is held in memory."""
+    """Tokens are made, seen and ended by admins only. The table is small and read on every request with a token, so all
+    of it is held in memory."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, data: AccessData, audit: AuditService) -> None:
         self._database = database
+        self._data = data
+        self._audit = audit
+        data.listeners.append(self._forget_removed_users)
         self._by_hash: dict[str, Token] = {}
 
     def load(self) -> None:
@@ -76,27 +95,54 @@ class TokenService:
         return token if token is not None and token.in_force(_now()) else None
 
     async def create(
-        self, user: UserName, scopes: Iterable[str], label: str = "", expires_at: int | None = None
+        self,
+        actor: Principal,
+        user: UserName,
+        scopes: object,
+        label: str = "",
+        expires_at: int | None = None,
+        channels: object = None,
     ) -> tuple[Token, str]:
-        """A new token and its secret, which is shown this once. The user is made when absent."""
+        """A new token and its secret, which is shown this once. The user is made when absent. `channels`: a list of the
+        only ones that it reaches, for scopes that are about channels. Raises Forbidden, InvalidInput."""
         secret = new_secret()
-        return await self._add(user, parse_scopes(scopes), label, expires_at, secret), secret
+        async with self._audit.action(actor, "token.create", user) as note:
+            actor.require("admin")
+            known, narrowed = parse_scopes(scopes), parse_channels(channels)
+            if narrowed is not None and (wide := [scope for scope in known if scope in _UNCUT]):
+                raise InvalidInput(f"a token with the scope {wide[0]} cannot be narrowed to channels")
+            if expires_at is not None and not _now() < expires_at <= MAX_SAFE_INTEGER:
+                raise InvalidInput("expiresAt: expected a time in the future, in ms since 1970")
+            token = await self._add(user, known, label, expires_at, secret, narrowed)
+            note(f"{token.id}: {' '.join(known)}")
+        return token, secret
+
+    def _forget_removed_users(self) -> None:
+        self._by_hash = {key: token for key, token in self._by_hash.items() if token.user in self._data.users}
 
     async def ensure_admin(self, secret: str) -> None:
         """Make a given secret an admin token, unless it is one."""
         if hash_secret(secret) not in self._by_hash:
             await self._add(
-                ADMIN, parse_scopes(["client", "read", "write", "admin"]), "first admin token", None, secret
+                ADMIN,
+                parse_scopes(["client", "read", "write", "channel-owner", "admin"]),
+                "first admin token",
+                None,
+                secret,
             )
 
     async def _add(
-        self, user: UserName, scopes: tuple[str, ...], label: str, expires_at: int | None, secret: str
+        self,
+        user: UserName,
+        scopes: tuple[str, ...],
+        label: str,
+        expires_at: int | None,
+        secret: str,
+        channels: frozenset[str] | None = None,
     ) -> Token:
         if len(label) > 100 or not label.isprintable():
             raise InvalidInput("label: expected at most 100 printable characters")
-        if expires_at is not None:
-            parse_whole_number(expires_at, "expiresAt")
-        token = Token(secrets.token_hex(4), user, label, scopes, _now(), expires_at, None)
+        token = Token(secrets.token_hex(4), user, label, scopes, _now(), expires_at, None, channels)
         row: dict[str, Any] = {
             "id": token.id,
             "token_hash": hash_secret(secret),
@@ -105,45 +151,58 @@ class TokenService:
             "scopes": " ".join(scopes),
             "created_at": token.created_at,
             "expires_at": expires_at,
+            "channels": None if channels is None else " ".join(sorted(channels)),
         }
 
         def add(conn: Connection) -> None:
             conn.execute(insert(users).values(name=user, created_at=token.created_at).on_conflict_do_nothing())
             conn.execute(insert(tokens).values(row))
 
-        await self._database.write(add)
+        await self._data.change(add)
         self._by_hash[row["token_hash"]] = token
         return token
 
-    async def list(self) -> list[Token]:
-        """All tokens, the oldest first, revoked and expired ones included."""
+    def list(self, actor: Principal) -> list[Token]:
+        """All tokens, the oldest first, revoked and expired ones included. Raises Forbidden."""
+        actor.require("admin")
         return sorted(self._by_hash.values(), key=lambda token: (token.created_at, token.id))
 
-    async def revoke(self, token_id: str) -> Token:
-        """End a token now. Raises NotFound, Conflict when it was revoked before."""
+    def get(self, actor: Principal, token_id: str) -> Token:
+        """Raises Forbidden, NotFound."""
+        return self._find(actor, token_id)[1]
+
+    async def revoke(self, actor: Principal, token_id: str) -> Token:
+        """End a token now. Raises Forbidden, NotFound, Conflict when it was revoked before."""
+        async with self._audit.action(actor, "token.revoke", token_id) as note:
+            key, token = self._find(actor, token_id)
+            note(f"of {token.user}")
+            if token.revoked_at is not None:
+                raise Conflict(f"the token {token_id} was revoked before")
+            now = _now()
+            statement = update(tokens).where(tokens.c.id == token_id, tokens.c.revoked_at.is_(None))
+            if not await self._data.change(lambda conn: conn.execute(statement.values(revoked_at=now)).rowcount):
+                raise Conflict(f"the token {token_id} was revoked meanwhile")
+            self._by_hash[key] = replace(token, revoked_at=now)
+            return self._by_hash[key]
+
+    def _find(self, actor: Principal, token_id: str) -> tuple[str, Token]:
+        actor.require("admin")
         found = next(((key, token) for key, token in self._by_hash.items() if token.id == token_id), None)
         if found is None:
             raise NotFound(f"there is no token {token_id!r}", hint="`kachery-lab token list` shows the ids")
-        key, token = found
-        if token.revoked_at is not None:
-            raise Conflict(f"the token {token_id} was revoked before")
-        now = _now()
-        await self._database.write(
-            lambda conn: conn.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now)).rowcount
-        )
-        self._by_hash[key] = Token(
-            token.id, token.user, token.label, token.scopes, token.created_at, token.expires_at, now
-        )
-        return self._by_hash[key]
+        return found
 
 
 def principal(token: Token, peer: str | None) -> Principal:
     """The caller that a token makes."""
-    return Principal("user", token.user, frozenset(token.scopes), peer)
+    return Principal("user", token.user, frozenset(token.scopes), peer, token.channels)
 
 
 def _token(row: Row[Any]) -> Token:
-    return Token(row.id, row.user, row.label, tuple(row.scopes.split()), row.created_at, row.expires_at, row.revoked_at)
+    channels = None if row.channels is None else frozenset(row.channels.split())
+    scopes = tuple(row.scopes.split())
+    times = (row.created_at, row.expires_at, row.revoked_at)
+    return Token(row.id, row.user, row.label, scopes, *times, channels)
 
 
 def _now() -> int:

@@ -131,6 +131,21 @@ def test_down_to_nothing_and_up_again(path: Path, backups: Path) -> None:
     assert schema(path) == whole
 
 
+def test_a_database_of_the_first_revision(path: Path, backups: Path) -> None:
+    config = module.alembic_config()
+    with module.migration_transaction(path) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    fill(path)
+    sql(path, "INSERT INTO tokens VALUES ('i', 'h', 'ann', 'old', 'admin', 1, NULL, NULL)")
+    report = migrate(path, backup_dir=backups)
+    assert report[:2] == ("0001", HEAD)
+    columns = "user, label, scopes, created_at, expires_at, channels, revoked_at"
+    assert sql(path, f"SELECT {columns} FROM tokens") == [("ann", "old", "admin", 1, None, None, None)]
+    assert {name for kind, name, _ in schema(path) if kind == "table"} == {*metadata.tables, "alembic_version"}
+    assert sql(path, "SELECT count(*) FROM channels") == [(0,)]
+
+
 CHEAP = """
 import sys
 from pathlib import Path
@@ -329,7 +344,7 @@ def test_a_failing_migration_changes_nothing(
 def test_broken_references_are_refused(path: Path, backups: Path) -> None:
     migrate(path, backup_dir=backups)
     with pytest.raises(StartRefused, match="parents"), module.migration_transaction(path) as connection:
-        connection.exec_driver_sql("INSERT INTO tokens VALUES ('i', 'h', 'nobody', '', '', 1, NULL, NULL)")
+        connection.exec_driver_sql("INSERT INTO tokens VALUES ('i', 'h', 'nobody', '', '', 1, NULL, NULL, NULL)")
     assert sql(path, "SELECT * FROM tokens") == []
 
 

@@ -27,7 +27,8 @@ def database(tmp_path: Path) -> Iterator[Database]:
 def test_the_tables() -> None:
     assert set(models.metadata.tables) == {
         *("meta", "users", "tokens", "blobs", "links", "feeds", "feed_names", "subfeeds", "messages"),
-        *("append_requests", "mutables"),
+        *("append_requests", "mutables", "nodes", "channels", "memberships", "authorizations", "passcodes"),
+        *("membership_passcodes", "bucket_objects", "tombstones", "blob_origins", "audit"),
     }
 
 
@@ -36,7 +37,9 @@ def test_without_rowid(database: Database) -> None:
         rows = connection.exec_driver_sql("SELECT name FROM pragma_table_list WHERE schema = 'main' AND wr = 1")
         return set(rows.scalars())
 
-    assert database.read_sync(without_rowid) == {"blobs", "links", "messages", "mutables"}
+    assert database.read_sync(without_rowid) == {
+        *("blobs", "links", "messages", "mutables", "bucket_objects", "tombstones", "blob_origins"),
+    }
 
 
 def test_every_constraint_has_a_name() -> None:

@@ -24,3 +24,12 @@ blobs = Table(
     Column("verified_at", BigInteger),
     sqlite_with_rowid=False,
 )
+
+blob_origins = Table(
+    "blob_origins",
+    metadata,
+    Column("sha1", Text, primary_key=True),
+    Column("origin", Text, primary_key=True, doc="`local`, or hub node id and channel; a blob without any is local"),
+    Column("recorded_at", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)

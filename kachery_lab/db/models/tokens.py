@@ -16,5 +16,6 @@ tokens = Table(
     Column("scopes", Text, nullable=False, doc="separated by spaces"),
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, doc="NULL: never"),
+    Column("channels", Text, doc="NULL: all; else names separated by spaces"),
     Column("revoked_at", BigInteger, doc="NULL: in force"),
 )

@@ -1,25 +1,52 @@
-"""Admin endpoints, for tokens with scope `admin` and for the admin socket.
+"""Admin endpoints: users, tokens, nodes, channels and what belongs to them. Each module describes its own routes.
 
-| route | answer |
-|---|---|
-| `GET /api/admin/v1/tokens` | all tokens, without secrets |
-| `POST /api/admin/v1/tokens` | a new token; its secret is shown this once |
-| `DELETE /api/admin/v1/tokens/{id}` | the token ends now |
-| `POST /api/admin/v1/reindex` | the report of a reindex that ran to its end |
+Callers are tokens with scope `admin`, owners with scope `channel-owner` for what is theirs, and the admin socket. The
+rules are the services'; nothing here decides. A refusal lands in the audit, whether it was a change or only a look.
 """
 
 from __future__ import annotations
 
 from starlette.routing import BaseRoute, Route
 
-from kachery_lab.http.admin import reindex, tokens
+from kachery_lab.http.admin import (
+    audit,
+    authorizations,
+    channels,
+    memberships,
+    nodes,
+    objects,
+    passcodes,
+    reindex,
+    settings,
+    tokens,
+    users,
+)
+from kachery_lab.http.admin.room import audited
+from kachery_lab.http.describe import Operation
+
+_NOUNS = (
+    users,
+    tokens,
+    nodes,
+    channels,
+    memberships,
+    authorizations,
+    passcodes,
+    objects,
+    settings,
+    audit,
+    reindex,
+)
+OPERATIONS: tuple[Operation, ...] = tuple(operation for noun in _NOUNS for operation in noun.OPERATIONS)
 
 
 def routes() -> list[BaseRoute]:
     """Every address of this room."""
     return [
-        Route("/api/admin/v1/tokens", tokens.list_tokens, methods=["GET"]),
-        Route("/api/admin/v1/tokens", tokens.create, methods=["POST"]),
-        Route("/api/admin/v1/tokens/{id}", tokens.revoke, methods=["DELETE"]),
-        Route("/api/admin/v1/reindex", reindex.run, methods=["POST"]),
+        Route(
+            operation.path,
+            audited(operation.handler) if operation.method == "GET" else operation.handler,
+            methods=[operation.method],
+        )
+        for operation in OPERATIONS
     ]

@@ -7,13 +7,20 @@
 | `PUT /api/v1/blobs/{sha1}` | the same | 201 new, 200 known, 422 other bytes |
 | `GET`, `HEAD /api/v1/blobs/{sha1}` | the same | ranges, ETag, 304 |
 | `DELETE /api/v1/blobs/{sha1}` | token with scope `admin` | 204; the file goes to the trash |
+| `POST /api/v1/nodes/report` | any node, signed | whether it is approved; an unknown one is noted |
+| `GET /api/v1/nodes/memberships` | an approved node, signed | its channels here, roles and bucket addresses |
+| `POST /api/v1/channels/{channel}/uploads` | a member with provideFiles, signed | an upload URL |
 """
 
 from __future__ import annotations
 
 from starlette.routing import BaseRoute, Route
 
-from kachery_lab.http.v1 import blobs, info
+from kachery_lab.http.describe import Operation
+from kachery_lab.http.v1 import blobs, info, nodes
+
+OPERATIONS: tuple[Operation, ...] = (*info.OPERATIONS, *blobs.OPERATIONS, *nodes.OPERATIONS)
+"""What `/openapi.json` says of these routes; a test compares both."""
 
 
 def routes() -> list[BaseRoute]:
@@ -24,4 +31,7 @@ def routes() -> list[BaseRoute]:
         Route("/api/v1/blobs/{sha1}", blobs.read, methods=["GET"]),
         Route("/api/v1/blobs/{sha1}", blobs.put, methods=["PUT"]),
         Route("/api/v1/blobs/{sha1}", blobs.remove, methods=["DELETE"]),
+        Route("/api/v1/nodes/report", nodes.report, methods=["POST"]),
+        Route("/api/v1/nodes/memberships", nodes.memberships, methods=["GET"]),
+        Route("/api/v1/channels/{channel}/uploads", nodes.upload, methods=["POST"]),
     ]

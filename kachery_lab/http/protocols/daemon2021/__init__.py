@@ -6,6 +6,7 @@
 | `POST /probe`, `GET /stats` | browser | the same; counters |
 | `GET /halt` | local | stops the server, where allowed |
 | `POST /storeFile`, `/linkFile` | local | a file that the server can read itself |
+| `POST /uploadFile`, `/createSignedFileUploadUrl` | local | a file into a channel's bucket; needs provideFiles |
 | `POST /store`, `/loadFile`, `/downloadFileData` | browser | bytes in, a path, bytes out |
 | `POST /feed/createFeed`, `/feed/deleteFeed` | local | |
 | `POST /feed/getFeedId`, `getFeedInfo`, `appendMessages`, `getNumLocalMessages`, `watchForNewMessages` | browser | |

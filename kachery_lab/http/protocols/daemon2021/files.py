@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from kachery_lab.core.ids import ChannelName, FileKey, parse_fields, parse_whole_number
-from kachery_lab.errors import InvalidInput, KacheryLabError
+from kachery_lab.errors import Forbidden, Gone, InvalidInput, KacheryLabError, NotFound
 from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
+from kachery_lab.http.protocols.daemon2021.channels import fetching
 from kachery_lab.http.protocols.daemon2021.errors import to_text
 from kachery_lab.http.protocols.daemon2021.translate import body_of, frame, stored
 from kachery_lab.http.responses import ContentResponse
+from kachery_lab.node import Node
 from kachery_lab.services.blobs import Claim
-from kachery_lab.services.files import FileService
+from kachery_lab.services.offers import Progress
 from kachery_lab.services.principals import Principal
 
 _STORE_FILE = {"localFilePath": required(str)}
 _LINK_FILE = {"localFilePath": required(str), "size": required(float), "mtime": required(float)}
 _LOAD_FILE = (frozenset({"fileKey"}), frozenset({"channelName"}))
+_NO_STORE = {"cache-control": "no-store"}
 _DOWNLOAD = {"fileKey": required(dict), "startByte": optional(float), "endByte": optional(float)}
 
 
@@ -58,32 +61,75 @@ async def link_file(request: Request) -> Response:
 
 
 async def load_file(request: Request) -> Response:
-    """Where a file lies that the client can open. Refusals after the credential are in-band, as the client expects."""
+    """Where a file lies that the client can open, after it was fetched from a channel if need be.
+
+    A missing role is 403 before the first message; other refusals after the credential are in-band, as the client
+    expects.
+    """
     principal = browser_class(request)
     async with body_of(request) as body:
-        messages = _load(node_of(request).files, body, principal)
-        first = await anext(messages)
-    return StreamingResponse(_frames(first, messages), headers={"cache-control": "no-store"})
+        try:
+            fields = parse_fields(body, "the body", *_LOAD_FILE)
+            key = FileKey.parse(fields["fileKey"], "fileKey")
+            channel = ChannelName.parse(fields["channelName"], "channelName") if "channelName" in fields else None
+        except InvalidInput as error:
+            return StreamingResponse(_frames(_error(error), None), headers=_NO_STORE)
+    messages = _load(node_of(request), key, channel, principal)
+    return StreamingResponse(_frames(await anext(messages), messages), headers=_NO_STORE)
 
 
-async def _frames(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for message in rest:
-        yield message
-
-
-async def _load(files: FileService, body: object, principal: Principal) -> AsyncIterator[bytes]:
+async def _frames(first: bytes, rest: AsyncGenerator[bytes] | None) -> AsyncIterator[bytes]:
     try:
-        fields = parse_fields(body, "the body", *_LOAD_FILE)
-        key = FileKey.parse(fields["fileKey"], "fileKey")
-        if "channelName" in fields:
-            ChannelName.parse(fields["channelName"], "channelName")
-        path = await files.locate(key, principal)
+        yield first
+        if rest is not None:
+            async for message in rest:
+                yield message
+    finally:
+        if rest is not None:
+            await rest.aclose()
+
+
+def _error(error: KacheryLabError) -> bytes:
+    return frame({"type": "error", "error": to_text(error)})
+
+
+def _progress(progress: Progress) -> bytes:
+    return frame({"type": "progress", "bytesLoaded": progress.loaded, "bytesTotal": progress.total})
+
+
+async def _load(node: Node, key: FileKey, channel: str | None, principal: Principal) -> AsyncGenerator[bytes]:
+    """The messages of a load. Raises Forbidden before the first one when the channel refuses."""
+    progress = Progress()
+    try:
+        path = await node.files.locate(key, principal)
+    except (NotFound, Gone) as missing:
+        if channel is None:
+            yield _error(missing)
+            return
+        refused = missing
     except KacheryLabError as error:
-        yield frame({"type": "error", "error": to_text(error)})
+        yield _error(error)
         return
-    yield frame({"type": "progress", "bytesLoaded": 0, "bytesTotal": 0})
-    yield frame({"type": "finished", "localFilePath": path})
+    else:
+        yield _progress(progress)
+        yield frame({"type": "finished", "localFilePath": path})
+        return
+    begun = False
+    try:
+        async for _ in fetching(node, key, channel, principal, progress):
+            begun = True
+            yield _progress(progress)
+        path = await node.files.locate(key, principal)
+    except Forbidden as error:
+        if not begun:
+            raise
+        yield _error(error)
+    except KacheryLabError as error:
+        # Damaged here and absent there: what is wrong here is what the person can mend.
+        yield _error(refused if isinstance(error, NotFound) and isinstance(refused, Gone) else error)
+    else:
+        yield _progress(progress)
+        yield frame({"type": "finished", "localFilePath": path})
 
 
 async def download_file_data(request: Request) -> Response:

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 from kachery_lab import __version__
 from kachery_lab.errors import Forbidden, InvalidInput
 from kachery_lab.http.context import node_of
-from kachery_lab.http.protocols.daemon2021 import feeds, files, mutables
+from kachery_lab.http.protocols.daemon2021 import channels, feeds, files, mutables
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
 from kachery_lab.http.protocols.daemon2021.errors import Handler, answers
 from kachery_lab.http.protocols.daemon2021.translate import Answer, body_of
@@ -72,6 +72,8 @@ def routes() -> list[BaseRoute]:
         "/linkFile": files.link_file,
         "/loadFile": files.load_file,
         "/downloadFileData": files.download_file_data,
+        "/uploadFile": channels.upload_file,
+        "/createSignedFileUploadUrl": channels.create_signed_file_upload_url,
         "/feed/createFeed": feeds.create_feed,
         "/feed/deleteFeed": feeds.delete_feed,
         "/feed/getFeedId": feeds.get_feed_id,

@@ -1,0 +1,206 @@
+"""Our client of another server's hub: signed requests to its API, and its buckets.
+
+URLs that the hub names are followed only at the origin of the configured hub URL, or of the public URL that the hub
+itself states; redirects are never followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from kachery_lab.client.problems import error_from_problem
+from kachery_lab.core.ids import NodeId, Sha1
+from kachery_lab.core.keys import PrivateKey
+from kachery_lab.core.objects import file_path
+from kachery_lab.core.signables import request_bytes
+from kachery_lab.errors import Forbidden, InvalidInput, Unavailable
+
+RETRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class HubMembership:
+    """One of this node's channels at the hub."""
+
+    channel: str
+    roles: frozenset[str]
+    bucket_url: str
+
+
+class HubClient:
+    """Speaks for one node to one hub. `timeout` is how long the hub may be silent, in seconds."""
+
+    def __init__(
+        self,
+        url: str,
+        key: PrivateKey,
+        *,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._key = key
+        self._origins = {_origin(url)}
+        self._hub_id: NodeId | None = None
+        # The environment is read by the settings only: no proxy from there.
+        self._http = httpx2.AsyncClient(
+            transport=transport,
+            timeout=timeout,
+            follow_redirects=False,
+            trust_env=False,
+            headers={"Accept-Encoding": "identity"},
+        )
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self._http.aclose()
+
+    # -- its API -------------------------------------------------------------------------------------------------
+
+    async def hub_id(self) -> NodeId:
+        """The hub's node id: asked once, then fixed for the life of this client."""
+        if self._hub_id is None:
+            info = await self._json("GET", f"{self._url}/api/v1/info", None)
+            self._hub_id = NodeId.parse(info.get("nodeId"), "nodeId of the hub")
+            if isinstance(info.get("publicUrl"), str):
+                self._origins.add(_origin(info["publicUrl"]))
+        return self._hub_id
+
+    async def report(self, label: str, owner: str) -> bool:
+        """Tell the hub who we are; whether it has approved us."""
+        return bool((await self._signed("POST", "/api/v1/nodes/report", {"label": label, "owner": owner}))["approved"])
+
+    async def memberships(self) -> dict[str, HubMembership]:
+        """Our channels there, by name, with the roles that are effective now."""
+        answer = await self._signed("GET", "/api/v1/nodes/memberships", None)
+        found = {}
+        for item in answer.get("memberships", []):
+            roles = frozenset(str(role) for role in item["roles"])
+            found[str(item["channel"])] = HubMembership(str(item["channel"]), roles, str(item["bucketUrl"]))
+        return found
+
+    async def upload_url(self, channel: str, sha1: Sha1, size: int) -> str | None:
+        """Where to PUT a file; None when it is in the bucket already."""
+        answer = await self._signed("POST", f"/api/v1/channels/{channel}/uploads", {"sha1": sha1, "size": size})
+        return None if answer.get("alreadyUploaded") else self._followed(str(answer["url"]))
+
+    async def _signed(self, method: str, target: str, body: object) -> dict[str, Any]:
+        data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        timestamp, nonce = int(time.time()), secrets.token_hex(16)
+        node_id, hub_id = self._key.public_hex, await self.hub_id()
+        signed = request_bytes(method, target, hashlib.sha256(data).hexdigest(), timestamp, nonce, node_id, hub_id)
+        header = f"v1 {node_id} {timestamp} {nonce} {self._key.sign(signed).hex()}"
+        return await self._json(method, self._url + target, data, {"Kachery-Node": header})
+
+    async def _json(
+        self, method: str, url: str, data: bytes | None, headers: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        try:
+            response = await self._http.request(
+                method, url, content=data or None, headers={"Content-Type": "application/json", **(headers or {})}
+            )
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            raise _unreachable(error) from error
+        found = _parse(response)
+        if response.status_code >= 300:
+            raise error_from_problem(response.status_code, found)
+        return found
+
+    # -- its buckets ---------------------------------------------------------------------------------------------
+
+    def _followed(self, url: str) -> str:
+        if _origin(url) not in self._origins:
+            raise Forbidden("the hub names an address of another machine, which is not followed")
+        return url
+
+    async def size(self, bucket_url: str, sha1: Sha1) -> int | None:
+        """Size of a file in a bucket, None when it is not there."""
+        url = self._followed(f"{bucket_url}/{file_path(sha1)}")
+        try:
+            response = await self._http.head(url)
+        except httpx2.TransportError as error:
+            raise _unreachable(error) from error
+        if response.status_code == 404:
+            return None
+        if response.status_code != 200:
+            raise error_from_problem(response.status_code, {})
+        length = response.headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise Unavailable("the hub does not say the size of the file")
+        return int(length)
+
+    async def read(self, bucket_url: str, sha1: Sha1, size: int) -> AsyncIterator[bytes]:
+        """Exactly `size` bytes of a file; a connection that is cut is resumed where it ended. Not hashed here."""
+        url = self._followed(f"{bucket_url}/{file_path(sha1)}")
+        offset, failures = 0, 0
+        while offset < size:
+            before = offset
+            try:
+                async with self._open(url, offset) as response:
+                    # No regrouping: what arrived before a cut must count.
+                    async for piece in response.aiter_raw():
+                        offset += len(piece)
+                        if offset > size:
+                            raise Unavailable("the hub sent more bytes than it announced")
+                        yield piece
+            except httpx2.TransportError as error:
+                failures = 0 if offset > before else failures + 1
+                if failures > RETRIES:
+                    raise _unreachable(error) from error
+            else:
+                if offset < size:
+                    failures += 1
+                    if failures > RETRIES:
+                        raise Unavailable("the hub's answer ends before the file does")
+
+    @asynccontextmanager
+    async def _open(self, url: str, offset: int) -> AsyncIterator[httpx2.Response]:
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        async with self._http.stream("GET", url, headers=headers) as response:
+            if response.status_code != (206 if offset else 200):
+                await response.aread()
+                raise error_from_problem(response.status_code, _parse(response))
+            if offset and not response.headers.get("content-range", "").startswith(f"bytes {offset}-"):
+                raise Unavailable("the hub sent another range than the one asked for")
+            yield response
+
+    async def put(self, url: str, stream: AsyncIterable[bytes], size: int) -> None:
+        """Upload bytes to a URL that the hub gave."""
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+        try:
+            response = await self._http.put(self._followed(url), content=stream, headers=headers)
+        except httpx2.TransportError as error:
+            raise _unreachable(error) from error
+        if response.status_code != 200:
+            raise error_from_problem(response.status_code, _parse(response))
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidInput(f"{url!r} is no http or https address")
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _parse(response: httpx2.Response) -> dict[str, Any]:
+    try:
+        found = response.json() if response.content else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _unreachable(error: Exception) -> Unavailable:
+    return Unavailable(
+        f"the hub cannot be reached ({type(error).__name__})", hint="Look at KACHERY_LAB_HUB_URL and at the hub"
+    )

@@ -1,0 +1,57 @@
+"""The address of this server in the URLs that it hands out: the configured one, else the one that the client used."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from functools import lru_cache
+
+from starlette.requests import HTTPConnection
+
+from kachery_lab.http.context import node_of
+
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,255}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
+
+
+def base_url(request: HTTPConnection) -> str:
+    """Scheme, host and path prefix without a slash at the end: KACHERY_LAB_PUBLIC_URL, else what the client used.
+
+    Of a proxy in KACHERY_LAB_TRUSTED_PROXIES the forwarded headers (`X-Forwarded-Proto`, `-Host`, `-Prefix`) count;
+    from any other address, and when malformed, they are ignored.
+    """
+    settings = node_of(request).settings
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
+    host, prefix = request.headers.get("host", ""), ""
+    if request.client is not None and is_trusted(request.client.host, settings.trusted_proxies):
+        given = _last(request, "x-forwarded-proto").lower()
+        scheme = given if given in ("http", "https") else scheme
+        given = _last(request, "x-forwarded-host")
+        host = given if _HOST.fullmatch(given) else host
+        given = _last(request, "x-forwarded-prefix")
+        prefix = given.rstrip("/") if _PREFIX.fullmatch(given) else ""
+    if not _HOST.fullmatch(host):
+        # Only HTTP/1.0 comes without a Host; the address of the listener is the best that is known.
+        name, port = request.scope.get("server") or ("localhost", None)
+        name = f"[{name}]" if ":" in name else name
+        host = name if port is None else f"{name}:{port}"
+    return f"{scheme}://{host}{prefix}"
+
+
+def _last(request: HTTPConnection, name: str) -> str:
+    """What the trusted proxy itself wrote: a proxy that appends leaves what it was sent before the comma."""
+    return request.headers.get(name, "").rpartition(",")[2].strip()
+
+
+@lru_cache(maxsize=256)
+def is_trusted(address: str, proxies: tuple[str, ...]) -> bool:
+    """Whether an address is one of these, which may be networks (`10.0.0.0/8`)."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    return any(found in ipaddress.ip_network(proxy, strict=False) for proxy in proxies)

@@ -1,0 +1,126 @@
+"""The audit: every change of rights, every administrative act and every refusal of one, for a stated time."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from sqlalchemy import delete, insert, select
+
+from kachery_lab.db.engine import Database
+from kachery_lab.db.models import audit
+from kachery_lab.errors import Forbidden, KacheryLabError
+from kachery_lab.services.principals import Principal
+
+MAX_DETAIL = 500
+REPEAT_SECONDS = 60.0
+"""The same refusal within this time is one entry: what polls does not fill the table."""
+_REPEATS = 10_000
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One act. `outcome` is `done` or the code of the refusal; `at` in ms since 1970."""
+
+    id: int
+    at: int
+    principal: str
+    peer: str | None
+    action: str
+    object: str
+    outcome: str
+    detail: str
+
+
+class AuditService:
+    """Writes entries; keeps them `retention_days`."""
+
+    def __init__(self, database: Database, retention_days: int) -> None:
+        self._database = database
+        self.retention_days = retention_days
+        self._refused: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+
+    @asynccontextmanager
+    async def action(
+        self, actor: Principal, action: str, what: str, detail: str = ""
+    ) -> AsyncIterator[Callable[[str], None]]:
+        """Records what the block does: `done`, or the code of the KacheryLabError that ends it, which passes on. The
+        block may add to the detail by calling what it is given."""
+        notes = [detail] if detail else []
+        try:
+            yield notes.append
+        except KacheryLabError as error:
+            await self.record(actor, action, what, error.code, "; ".join([*notes, error.message]))
+            raise
+        await self.record(actor, action, what, "done", "; ".join(notes))
+
+    @asynccontextmanager
+    async def refusals(self, who: str, peer: str | None, action: str, what: str) -> AsyncIterator[None]:
+        """Records that the block is refused: a Forbidden that ends it, which passes on. `who` is proved (`kind:name`).
+
+        The log has it too. The same refusal again within REPEAT_SECONDS is not recorded again.
+        """
+        try:
+            yield
+        except Forbidden as error:
+            if self._is_new((who, action, what)):
+                log.warning("refused", who=who, peer=peer, action=action, object=what, reason=error.message)
+                await self._write(who, peer, action, what, error.code, error.message)
+            raise
+
+    def _is_new(self, refusal: tuple[str, str, str]) -> bool:
+        now = time.monotonic()
+        before = self._refused.get(refusal)
+        if before is not None and now - before < REPEAT_SECONDS:
+            return False
+        self._refused[refusal] = now
+        self._refused.move_to_end(refusal)
+        if len(self._refused) > _REPEATS:
+            self._refused.popitem(last=False)
+        return True
+
+    async def record(self, actor: Principal, action: str, what: str, outcome: str, detail: str = "") -> None:
+        """Write one entry. A database that cannot be written loses it, but not the answer; the log has it then."""
+        await self._write(f"{actor.kind}:{actor.name}", actor.peer, action, what, outcome, detail)
+
+    async def _write(self, who: str, peer: str | None, action: str, what: str, outcome: str, detail: str) -> None:
+        row = {
+            "at": int(time.time() * 1000),
+            "principal": who,
+            "peer": peer,
+            "action": action,
+            "object": what[:MAX_DETAIL],
+            "outcome": outcome,
+            "detail": detail[:MAX_DETAIL],
+        }
+        try:
+            await self._database.write(lambda conn: conn.execute(insert(audit).values(row)).rowcount)
+        except KacheryLabError as error:
+            log.warning("an audit entry was not written", **row, reason=error.message)
+
+    async def list(self, before: int | None, limit: int, **equal: str | None) -> list[Entry]:
+        """The newest entries first, those with an id below `before`. `equal`: columns that must have a value."""
+        statement = select(audit).order_by(audit.c.id.desc()).limit(limit)
+        if before is not None:
+            statement = statement.where(audit.c.id < before)
+        for column, value in equal.items():
+            if value is not None:
+                statement = statement.where(audit.c[column] == value)
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return [_entry(row) for row in rows]
+
+    async def prune(self) -> int:
+        """Drop entries older than the retention; how many went."""
+        before = int((time.time() - self.retention_days * 86400) * 1000)
+        return await self._database.write(lambda conn: conn.execute(delete(audit).where(audit.c.at < before)).rowcount)
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(*row)

@@ -1,0 +1,160 @@
+"""Channels as local clients use them: a file goes up, a file comes down, by the channel's bare name.
+
+The channels belong to this server's own hub or to another one's; `ChannelFinder` says whose. What is here already is
+found before anybody asks a channel (`FileService`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from kachery_lab.core.ids import FileKey, NodeId, Sha1
+from kachery_lab.core.objects import ObjectPath, file_path
+from kachery_lab.core.roles import Role
+from kachery_lab.errors import Forbidden, NotFound
+from kachery_lab.services.access_data import AccessData
+from kachery_lab.services.audit import AuditService
+from kachery_lab.services.blobs import BlobService
+from kachery_lab.services.buckets import BucketService
+from kachery_lab.services.principals import Principal
+from kachery_lab.services.subjects import RoleService, Subject, subject_of
+from kachery_lab.services.uploads import UploadService
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Bytes that have arrived, and how many there will be; 0 until that is known."""
+
+    loaded: int = 0
+    total: int = 0
+
+    def start(self, total: int) -> None:
+        """The size of what is being loaded."""
+        self.total = total
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self.loaded += count
+
+
+@dataclass(frozen=True, slots=True)
+class UploadUrl:
+    """Where a client PUTs a file itself; no `url` when the file `exists` in the bucket already, or has no size.
+
+    A `url` that begins with `/` is relative to the address that the client used.
+    """
+
+    exists: bool
+    url: str | None = None
+
+
+class Channels(Protocol):
+    """The channels of one hub. Rights are looked at on each call; a refusal is a Forbidden that names role and channel
+    and is in the audit."""
+
+    async def has(self, channel: str) -> bool:
+        """Whether the channel belongs to this hub, for this node."""
+
+    async def upload(self, sha1: Sha1, channel: str, principal: Principal) -> None:
+        """Put a file that is here into the channel's bucket, durable on return. Putting it again is no error.
+
+        Raises Forbidden, NotFound (no such channel, or the file is not here), TooLarge, StorageFull, Unavailable.
+        """
+
+    async def upload_url(self, sha1: Sha1, channel: str, size: int | None, principal: Principal) -> UploadUrl:
+        """Whether a file is in the bucket; if not, permission to PUT it with `size` bytes (None: no permission).
+
+        Raises Forbidden, NotFound, TooLarge, Unavailable.
+        """
+
+    async def fetch(self, key: FileKey, channel: str, principal: Principal, progress: Progress) -> None:
+        """Bring a file from the channel to this server, verified and durable on return.
+
+        Raises Forbidden, NotFound, ContentMismatch (nothing is kept), Unavailable. Cancelling it keeps nothing half.
+        """
+
+
+class ChannelFinder:
+    """Whose channel a bare name means: of the hubs in order, the first that has it; if none, the last one's."""
+
+    def __init__(self, *hubs: Channels) -> None:
+        self._hubs = list(hubs)
+        self._shadowed: set[str] = set()
+
+    def prefer(self, hub: Channels) -> None:
+        """Ask this hub before the others."""
+        self._hubs.insert(0, hub)
+
+    async def find(self, channel: str) -> Channels:
+        """The hub to ask for a channel. That a name hides one of another hub is logged once."""
+        *others, last = self._hubs
+        for hub in others:
+            if await hub.has(channel):
+                if channel not in self._shadowed and await last.has(channel):
+                    self._shadowed.add(channel)
+                    log.warning("a channel of another hub hides this hub's own", channel=channel)
+                return hub
+        return last
+
+
+class OwnHub:
+    """The channels of this server's own hub. What is in their buckets lies on this server's own volume."""
+
+    def __init__(
+        self,
+        data: AccessData,
+        roles: RoleService,
+        audit: AuditService,
+        blobs: BlobService,
+        buckets: BucketService,
+        uploads: UploadService,
+        own_node: NodeId,
+    ) -> None:
+        self._data = data
+        self._roles = roles
+        self._audit = audit
+        self._blobs = blobs
+        self._buckets = buckets
+        self._uploads = uploads
+        self._own_node = own_node
+
+    async def has(self, channel: str) -> bool:
+        """Every channel of this hub."""
+        return channel in self._data.channels
+
+    async def upload(self, sha1: Sha1, channel: str, principal: Principal) -> None:
+        """A reference is all it takes: the bytes are here. Raises what `Channels.upload` says."""
+        subject = await self._require(channel, Role.PROVIDE_FILES, principal, "file.upload")
+        await self._uploads.adopt(channel, sha1, await self._blobs.stat(sha1), subject)
+
+    async def upload_url(self, sha1: Sha1, channel: str, size: int | None, principal: Principal) -> UploadUrl:
+        """A ticket of this server. Raises what `Channels.upload_url` says."""
+        subject = await self._require(channel, Role.PROVIDE_FILES, principal, "file.upload")
+        path = file_path(sha1)
+        if await self._buckets.find(channel, path) is not None:
+            return UploadUrl(exists=True)
+        if size is None:
+            return UploadUrl(exists=False)
+        ticket = self._uploads.issue(channel, ObjectPath.parse(path), size, subject)
+        return UploadUrl(exists=False, url=f"/bucket/upload/{ticket}")
+
+    async def fetch(self, key: FileKey, channel: str, principal: Principal, progress: Progress) -> None:
+        """Whoever asks did not find the file here, so no bucket of this hub has it. Raises Forbidden, NotFound."""
+        await self._require(channel, Role.REQUEST_FILES, principal, "file.load")
+        raise NotFound(f"the file {key.sha1} is neither here nor in the bucket of {channel}")
+
+    async def _require(self, channel: str, role: Role, principal: Principal, action: str) -> Subject:
+        """Whose roles the caller uses. Raises NotFound for an unknown channel, Forbidden."""
+        self._data.channel(channel)
+        subject = subject_of(principal, self._own_node)
+        who = f"{principal.kind}:{principal.name}"
+        async with self._audit.refusals(who, principal.peer, action, channel):
+            if not principal.covers(channel):
+                raise Forbidden(f"the token does not reach the channel {channel}")
+            self._roles.require(subject, channel, role)
+        return subject

@@ -1,0 +1,78 @@
+"""For whom rights are decided: a node, a user or a client key; and what each may do in a channel now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kachery_lab.core.ids import NodeId
+from kachery_lab.core.roles import Role, role_names
+from kachery_lab.errors import Forbidden
+from kachery_lab.services.access_data import AccessData
+from kachery_lab.services.principals import Principal
+
+Kind = Literal["node", "user", "client"]
+KINDS: dict[str, Kind] = {"node": "node", "user": "user", "client": "client"}
+_READ = Role.REQUEST_FILES | Role.REQUEST_FEEDS | Role.REQUEST_TASKS
+_WRITE = Role.PROVIDE_FILES | Role.PROVIDE_FEEDS | Role.PROVIDE_TASKS
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Written `kind:name` where it is kept. `ceiling` is what the credential leaves of the subject's roles, `channels`
+    the only channels that it reaches (None: all)."""
+
+    kind: Kind
+    name: str
+    ceiling: Role = Role.ALL
+    channels: frozenset[str] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """Inverse of `str`. Raises Forbidden."""
+        kind, _, name = text.partition(":")
+        if name and (known := KINDS.get(kind)):
+            return cls(known, name)
+        raise Forbidden("unknown subject")
+
+
+def subject_of(principal: Principal, own_node: NodeId) -> Subject:
+    """Local clients, and tokens with scope `client`, act as the node; other tokens as their user, cut by scopes."""
+    if principal.kind != "user" or principal.may("client"):
+        return Subject("node", own_node)
+    ceiling = Role.NONE
+    if principal.may("read"):
+        ceiling |= _READ
+    if principal.may("write"):
+        ceiling |= _WRITE
+    return Subject("user", principal.name, ceiling, principal.channels)
+
+
+class RoleService:
+    """Effective roles, decided anew at each use from what is in memory."""
+
+    def __init__(self, data: AccessData) -> None:
+        self._data = data
+
+    def roles(self, subject: Subject, channel: str) -> Role:
+        """What a subject may do in a channel now; nothing in a channel that does not exist."""
+        if subject.channels is not None and channel not in subject.channels:
+            return Role.NONE
+        if subject.kind == "node":
+            found = self._data.node_roles(channel, subject.name)
+        elif subject.kind == "user":
+            found = self._data.user_roles(channel, subject.name)
+        else:
+            found = self._data.authorizations.get((channel, "client", subject.name), Role.NONE)
+        return found & subject.ceiling
+
+    def require(self, subject: Subject, channel: str, role: Role) -> None:
+        """Raises Forbidden that names role and channel."""
+        if self.roles(subject, channel) & role != role:
+            raise Forbidden(
+                f"{subject.kind} {subject.name} lacks {' and '.join(role_names(role))} in the channel {channel}",
+                hint="The channel's owner grants roles; a node must also be a member and ask for them",
+            )

@@ -1,0 +1,31 @@
+"""A running hub for each module; a private channel for each test, and a node with every role in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hubs import Hub, LabNode
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture
+def channel(hub: Hub) -> str:
+    name = f"c{time.monotonic_ns():x}"
+    hub.make_channel(name)
+    return name
+
+
+@pytest.fixture
+def member(hub: Hub, channel: str) -> LabNode:
+    node = LabNode()
+    hub.register(node)
+    hub.join(node, channel)
+    return node
