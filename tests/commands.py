@@ -18,7 +18,7 @@ def _run(arguments: tuple[str, ...], environment: Mapping[str, str], out: str, e
     for descriptor, path in ((1, out), (2, err)):
         target = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(target, descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["kachery-lab", *arguments]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kachery_lab.errors import StartRefused
-from kachery_lab.settings import Settings, is_secret, load_settings, origin, parse_size, variable
+from kachery_lab.settings import Settings, is_secret, load_settings, parse_size, variable
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_nothing_set():
     assert settings.admin_token is None
     assert settings.path_map == {}
     assert settings.advertised == settings.storage_dir
-    assert origin("port") == "default"
+    assert load_settings().origin("port") == "default"
 
 
 def test_lists_and_maps(monkeypatch):
@@ -73,7 +73,7 @@ def test_flags_beat_the_environment_which_beats_the_default(monkeypatch):
     flags = {"port": 2222, "label": None, "owner": "ada"}
     settings = load_settings(flags)
     assert (settings.port, settings.label, settings.owner) == (2222, "from-env", "ada")
-    assert [origin(name, flags) for name in ("port", "label", "owner", "bind")] == [
+    assert [load_settings(flags).origin(name) for name in ("port", "label", "owner", "bind")] == [
         "flag",
         "KACHERY_LAB_LABEL",
         "flag",
@@ -96,7 +96,7 @@ def test_secrets_from_files(monkeypatch, tmp_path):
     token = load_settings().admin_token
     assert token is not None
     assert token.get_secret_value() == "from a file"
-    assert origin("admin_token") == "KACHERY_LAB_ADMIN_TOKEN_FILE"
+    assert load_settings().origin("admin_token") == "KACHERY_LAB_ADMIN_TOKEN_FILE"
     assert "from a file" not in repr(load_settings())
     monkeypatch.setenv("KACHERY_LAB_ADMIN_TOKEN", "named directly")
     token = load_settings().admin_token
@@ -112,7 +112,7 @@ def test_secrets_from_files(monkeypatch, tmp_path):
 
 
 def test_which_are_secret():
-    assert [name for name in Settings.model_fields if is_secret(name)] == ["admin_token"]
+    assert [name for name in Settings.model_fields if is_secret(name)] == ["token", "admin_token"]
 
 
 @pytest.mark.parametrize(

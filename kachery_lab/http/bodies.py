@@ -114,7 +114,7 @@ async def json_body(
     limit = min(max_bytes, budget.largest)
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if declared.isdigit() and (len(declared) > 20 or int(declared) > limit):
-        raise _too_large(limit)
+        raise _too_large(limit, budget)
     async with budget.share() as share:
         pieces: list[bytes] = []
         more = True
@@ -125,7 +125,7 @@ async def json_body(
             piece: bytes = message.get("body", b"")
             more = message.get("more_body", False)
             if share.size + len(piece) > limit:
-                raise _too_large(limit)
+                raise _too_large(limit, budget)
             if piece:
                 await budget.grow(share, len(piece))
                 pieces.append(piece)
@@ -140,8 +140,8 @@ async def read_json(scope: Scope, receive: Receive, budget: JsonBudget, *, max_b
         return value
 
 
-def _too_large(limit: int) -> TooLarge:
-    hint = "The limit is KACHERY_LAB_MAX_JSON."
+def _too_large(limit: int, budget: JsonBudget) -> TooLarge:
+    hint = "The limit is KACHERY_LAB_MAX_JSON." if limit == budget.largest else None
     return TooLarge(f"The JSON body is over the limit of {limit} bytes.", hint=hint)
 
 

@@ -23,9 +23,9 @@ BYTES: Schema = {"type": "string", "format": "binary", "examples": ["abc"]}
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `answers`: status -> schema of the body, None for no body. `who`: the scopes of which
-    the caller needs one, empty for an open route, `("node",)` for requests that nodes sign; what else is needed is said
-    in `summary`. `refusals`: statuses beyond those that follow from credentials, parameters and body."""
+    """One method of one path. `answers`: status -> schema of the body, None for no body. `who`: the scopes of which the
+    caller needs one, empty for an open route, `("node",)` for requests that nodes sign; what else it needs is said in
+    `summary`. `refusals`: statuses beyond those that follow from credentials, parameters and body."""
 
     method: str
     path: str

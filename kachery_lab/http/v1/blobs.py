@@ -17,7 +17,7 @@ MAX_LIMIT = 1000
 
 
 def _speaker(request: Request) -> Principal:
-    """The caller, who may speak for the node. An additional code may not: it is for pages that know what they want."""
+    """The caller, who may speak for the node. An additional code may not: it is for pages that know what they ask."""
     principal = authenticate(request)
     principal.require("client", "admin")
     if principal.kind == "browser":
