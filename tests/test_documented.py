@@ -17,8 +17,15 @@ from kachery_lab.settings import Settings, is_secret, variable
 ROOT = Path(__file__).parents[1]
 
 
+_CHOICE = re.compile(r"(kachery-lab(?: \w+)+) (\w+(?:\|\w+)+)")
+
+
 def documentation() -> str:
-    return "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))])
+    """All pages; `kachery-lab noun a|b` also counts as `kachery-lab noun a` and `kachery-lab noun b`."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(path.read_text("utf-8") for path in paths)
+    spelled = [f"{head} {word}" for head, words in _CHOICE.findall(text) for word in words.split("|")]
+    return "\n".join([text, *spelled])
 
 
 def commands(group: click.Group, name: str) -> Iterator[str]:

@@ -237,8 +237,9 @@ def configure(
     )
     handler.setFormatter(formatter)
     root = logging.getLogger()
-    # What alembic tells at its own start is of no use to an admin.
-    logging.getLogger("alembic").setLevel(max(number, logging.WARNING))
+    # What these tell of their ordinary work is of no use to an admin.
+    for name in ("alembic", "httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(max(number, logging.WARNING))
     for old in [old for old in root.handlers if isinstance(old, _Handler)]:
         root.removeHandler(old)
     root.addHandler(handler)
