@@ -17,6 +17,11 @@ class ExactPaths(BaseRoute):
         if len(self._routes) != len(routes) or any(route.param_convertors for route in routes):
             raise ValueError("one route for each path, without parameters")
 
+    @property
+    def routes(self) -> list[Route]:
+        """What it stands for."""
+        return list(self._routes.values())
+
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
         return (Match.NONE, {}) if route is None else route.matches(scope)
@@ -26,6 +31,11 @@ class ExactPaths(BaseRoute):
 
     def url_path_for(self, name: str, /, **path_params: Any) -> Any:
         raise NoMatchFound(name, path_params)
+
+
+def flat(routes: Sequence[BaseRoute]) -> list[BaseRoute]:
+    """The single routes again, as they were before `by_exact_path`."""
+    return [one for route in routes for one in (route.routes if isinstance(route, ExactPaths) else [route])]
 
 
 def by_exact_path(routes: Sequence[BaseRoute]) -> list[BaseRoute]:

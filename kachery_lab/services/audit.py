@@ -15,6 +15,7 @@ from sqlalchemy import delete, insert, select
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import audit
 from kachery_lab.errors import Forbidden, KacheryLabError
+from kachery_lab.observability.logging import redact_text
 from kachery_lab.services.principals import Principal
 
 MAX_DETAIL = 500
@@ -96,9 +97,9 @@ class AuditService:
             "principal": who,
             "peer": peer,
             "action": action,
-            "object": what[:MAX_DETAIL],
+            "object": redact_text(what[:MAX_DETAIL]),
             "outcome": outcome,
-            "detail": detail[:MAX_DETAIL],
+            "detail": redact_text(detail[:MAX_DETAIL]),
         }
         try:
             await self._database.write(lambda conn: conn.execute(insert(audit).values(row)).rowcount)

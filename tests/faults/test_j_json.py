@@ -36,6 +36,11 @@ ROUTES = [
     "/mutable/set",
     "/mutable/delete",
     "/api/admin/v1/tokens",
+    "/api/admin/v1/users",
+    "/api/admin/v1/nodes",
+    "/api/admin/v1/channels",
+    "/uploadFile",
+    "/createSignedFileUploadUrl",
 ]
 POLICY = {"y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"}
 """Valid JSON that is refused all the same: nobody can say which of two equal keys was meant."""
@@ -67,7 +72,11 @@ def test_every_json_route_is_in_the_list() -> None:
 
     routes = [*daemon2021.routes(), *v1.routes(), *admin.routes()]
     posts = {route.path for route in routes if "POST" in (getattr(route, "methods", None) or ())}  # type: ignore[attr-defined]
-    assert posts == {*ROUTES, "/store", "/api/admin/v1/reindex"}, "/store takes bytes, reindex takes no body"
+    # Requests that a node signs are refused before their body is read as JSON; with a parameter in the path the object
+    # has to exist first. What reads their bodies is the same.
+    signed = {"/api/v1/nodes/report", "/api/v1/channels/{channel}/uploads"}
+    inner = {path for path in posts if "{" in path}
+    assert posts - inner == {*ROUTES, *signed - inner, "/store", "/api/admin/v1/reindex"}, "bytes; no body"
 
 
 def test_the_parsing_suite_on_every_route(node: RunningNode) -> None:
@@ -292,7 +301,7 @@ def test_depth_is_capped_before_parsing(node: RunningNode) -> None:
                 answer = client.post(route, envelope % data if len(data) > 200 else data)
                 slowest = max(slowest, time.monotonic() - begun)
                 trials += 1
-                assert answer.status == 400, (route, depth, answer.body)
+                assert answer.status in (400, 413), (route, depth, answer.body)
     assert slowest < 2
     report("J3 depth", trials, slowest_ms=round(slowest * 1000), server_errors=0)
 
@@ -335,7 +344,7 @@ def test_many_keys_and_large_bodies_take_bounded_time_and_memory(node: RunningNo
             slowest_live = max(slowest_live, time.monotonic() - asked)
             sender.join(0.02)
         figures[name] = round(time.monotonic() - begun, 2)
-        assert answers[0].status == 400, (name, answers[0].body)
+        assert answers[0].status in (400, 413), (name, answers[0].body)
     growth = memory(node, "VmHWM") - before
     report("J3 size", len(cases), seconds=figures, peak_growth_mb=growth >> 20, livez_ms=round(slowest_live * 1000))
     assert max(figures.values()) < 20

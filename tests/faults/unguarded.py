@@ -76,6 +76,7 @@ def disk_on_loop() -> None:
             raise disk.from_os_error(error) from error
 
     disk.Disk.run = run
+    disk.Disk.run_short = run
 
 
 def no_void() -> None:

@@ -47,8 +47,8 @@ def test_with_a_running_server(node: RunningNode) -> None:
     create(node, "bob", "--scope", "read", "--scope", "write")
     listed = rows(node)
     assert [row["USER"] for row in listed] == ["admin", "ada", "bob"]
-    assert listed[0]["SCOPES"].startswith("client read write admin")
-    assert listed[1]["SCOPES"] == "client  for the rig"
+    assert listed[0]["SCOPES"].startswith("client read write channel-owner admin")
+    assert listed[1]["SCOPES"].split() == ["client", "-", "for", "the", "rig"]
     assert listed[1]["EXPIRES"] != "-" == listed[1]["REVOKED"] == listed[2]["EXPIRES"]
     assert secret not in str(listed)
     assert node.admin_token not in str(listed)

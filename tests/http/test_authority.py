@@ -12,6 +12,7 @@ import pytest
 from starlette.routing import Route
 
 from kachery_lab.app import create_app
+from kachery_lab.http.paths import flat
 from kachery_lab.node import open_node
 from kachery_lab.settings import Settings
 from tests.http.world import ADMIN, KINDS, World
@@ -45,7 +46,7 @@ def real_routes(tmp_path: Path) -> set[str]:
     node = open_node(Settings(KACHERY_STORAGE_DIR=tmp_path / "storage", metadata_dir=tmp_path / "metadata"))
     try:
         found = set()
-        for route in create_app(node).routes:
+        for route in flat(create_app(node).routes):
             # A mount or a socket would need columns of its own.
             assert isinstance(route, Route), route
             assert route.methods is not None, f"{route.path} takes every method"

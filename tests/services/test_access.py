@@ -16,6 +16,9 @@ from kachery_lab.db.migrate import migrate
 from kachery_lab.errors import TooManyRequests, Unauthenticated, Unavailable
 from kachery_lab.services import access as module
 from kachery_lab.services.access import WRONG_LIMIT, AccessService, WrongCounter
+from kachery_lab.services.access_data import AccessData
+from kachery_lab.services.audit import AuditService
+from kachery_lab.services.principals import OPERATOR
 from kachery_lab.services.tokens import TokenService
 
 PEER = "192.0.2.7"
@@ -29,7 +32,8 @@ class Door:
         self.file = root / "client-auth"
         self.database = Database.open(root / "db")
         self.disk = Disk()
-        self.tokens = TokenService(self.database)
+        data = AccessData(self.database, self.disk, root / "access.json")
+        self.tokens = TokenService(self.database, data, AuditService(self.database, 1))
         self.tokens.load()
         self.another_volume = False
         self.service = self.another()
@@ -172,7 +176,7 @@ def test_additional_codes(door: Door) -> None:
 
 def test_wrong_codes_are_counted_and_right_ones_served(door: Door) -> None:
     asyncio.run(door.service.start())
-    _, secret = asyncio.run(door.tokens.create(UserName("ada"), ["client"]))
+    _, secret = asyncio.run(door.tokens.create(OPERATOR, UserName("ada"), ["client"]))
     for number in range(WRONG_LIMIT):
         with pytest.raises(Unauthenticated):
             door.service.by_code(f"wrong{number:07}", PEER)
