@@ -36,6 +36,7 @@ class Draft:
     def __init__(self, store: LocalBlobStore, path: str) -> None:
         self._store = store
         self._path = path
+        self._fd = -1
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:

@@ -227,15 +227,18 @@ class LoopDisk:
         places = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
         return str(self.place.parent.resolve() / self.place.name) in places
 
-    def umount(self, *options: str) -> None:
-        """Unmount; a process that was just killed may hold it for a moment."""
-        for _ in range(100):
-            if not self.mounted:
-                return
-            if subprocess.run(["umount", *options, str(self.place)], capture_output=True).returncode == 0:
-                return
-            time.sleep(0.05)
-        _run("umount", "-l", str(self.place))
+    def umount(self) -> None:
+        """Unmount, and wait until the loop device is free: a process that was just killed may hold the file system
+        for a moment, and a mount of the same device would find it as it was, shut down."""
+        wait_for(self._umounted, f"{self.place} is unmounted", 30)
+        wait_for(self._detached, f"the loop device of {self.image} is free", 30)
+
+    def _umounted(self) -> bool:
+        return not self.mounted or subprocess.run(["umount", str(self.place)], capture_output=True).returncode == 0
+
+    def _detached(self) -> bool:
+        found = subprocess.run(["losetup", "-j", str(self.image)], capture_output=True, text=True)
+        return found.stdout.strip() == ""
 
 
 @contextlib.contextmanager
@@ -257,8 +260,12 @@ def loop_disk(file_system: str, directory: Path, name: str = "disk", megabytes: 
             missing(f"cannot mount a loop device with {file_system}: {mounted.stderr.decode(errors='replace')}")
         yield disk
     finally:
-        disk.umount()
-        disk.image.unlink()
+        try:
+            disk.umount()
+        finally:
+            if disk.mounted:
+                _run("umount", "-l", str(disk.place))
+            disk.image.unlink()
 
 
 def _run(*command: str) -> None:
