@@ -36,7 +36,7 @@ run: $(INSTALLED) ## Start a server; settings come from the environment
 	@exec $(BIN)/kachery-lab start
 
 test: $(INSTALLED) $(CLIENTS) ## Run the tests, all but the slow ones
-	$(BIN)/python -m pytest -m 'not slow' --session-timeout=$(TEST_SECONDS)
+	$(BIN)/python -m pytest -m 'not slow' -n 3 --dist loadfile --session-timeout=$(TEST_SECONDS)
 
 faults: $(INSTALLED) $(CLIENTS) ## Run the slow tests: kills, power cuts, full and failing disks
 	$(BIN)/python -m pytest -m slow
