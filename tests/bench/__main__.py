@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.bench import lines_blobs, lines_bounds, lines_feeds
+from tests.bench import lines_blobs, lines_bounds, lines_feeds, lines_hub
 from tests.bench.place import Place, open_place
 from tests.bench.table import Row, as_markdown, machine, write_markdown
 
@@ -19,6 +19,9 @@ LINES: dict[str, Callable[[Place], Iterator[Row]]] = {
     "read-small": lines_blobs.read_small,
     "append-single": lines_feeds.append_single,
     "append-many": lines_feeds.append_many,
+    "hub-load": lines_hub.load_from_hub,
+    "bucket-large": lines_hub.bucket_large,
+    "decisions": lines_hub.decisions,
     "upload-memory": lines_bounds.upload_memory,
     "start": lines_bounds.start,
 }

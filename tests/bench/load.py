@@ -91,7 +91,7 @@ def _upload_one(port: int, path: str, head: bytes, prefix: bytes, start: threadi
             if not more:
                 raise RuntimeError(f"no whole answer: {answer!r}")
             answer += more
-        answers.append(json.loads(answer.partition(b"\r\n\r\n")[2]))
+        answers.append(json.loads(answer.partition(b"\r\n\r\n")[2] or b"null"))
 
 
 def upload(port: int, path: str, head: str, prefixes: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from kachery_lab import cli, node
+from kachery_lab import cli, lifecycle, node
 from kachery_lab.blobs import disk, journal, local, receive, volume
 from kachery_lab.cli import start
 from kachery_lab.core.hashing import WholeHasher
@@ -92,7 +92,7 @@ def no_repair() -> None:
 
 def trouble_is_forgotten() -> None:
     """F6: failures of the volume do not count."""
-    disk.TROUBLE_LIMIT = node.TROUBLE_LIMIT = 1 << 60
+    disk.TROUBLE_LIMIT = lifecycle.TROUBLE_LIMIT = 1 << 60
 
 
 def any_volume() -> None:
@@ -102,7 +102,7 @@ def any_volume() -> None:
 
 def no_write_probe() -> None:
     """F14: whether the storage can be written is found out later."""
-    node.require_writable = lambda path: None
+    node.require_writable = lifecycle.require_writable = lambda path: None
 
 
 def any_key_mode() -> None:
