@@ -19,11 +19,13 @@ SHA256_LIMIT = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What the sender says, or what is allowed. None: nothing said."""
+    """What the sender says, or what is allowed. None: nothing said. `want_manifest`: off for what is fetched, which has
+    its manifest, if any, where it came from."""
 
     sha1: Sha1 | None = None
     size: int | None = None
     max_size: int | None = None
+    want_manifest: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,10 @@ class Received:
     fingerprint: Fingerprint
 
 
-def _hasher(declared: int | None) -> StreamHasher:
+def _hasher(declared: int | None, want_manifest: bool = True) -> StreamHasher:
     return StreamHasher(
-        want_sha256=declared is None or declared <= SHA256_LIMIT, want_chunks=declared is None or declared > CHUNK_SIZE
+        want_sha256=declared is None or declared <= SHA256_LIMIT,
+        want_chunks=want_manifest and (declared is None or declared > CHUNK_SIZE),
     )
 
 
@@ -102,7 +105,7 @@ async def receive(store: LocalBlobStore, stream: AsyncIterable[bytes], claim: Cl
 async def _receive_large(
     store: LocalBlobStore, first: bytearray, source: AsyncIterator[bytearray], claim: Claim
 ) -> Received:
-    hasher = _hasher(claim.size)
+    hasher = _hasher(claim.size, claim.want_manifest)
     draft = await store.disk.run(store.draft)
     working: asyncio.Future[tuple[None, None]] | None = None
     try:

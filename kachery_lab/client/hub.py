@@ -11,13 +11,14 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
+from kachery_lab.client.download import Download
 from kachery_lab.client.problems import error_from_problem
 from kachery_lab.core.ids import NodeId, Sha1
 from kachery_lab.core.keys import PrivateKey
@@ -52,6 +53,7 @@ class HubClient:
         self._key = key
         self._origins = {_origin(url)}
         self._hub_id: NodeId | None = None
+        self._timeout = timeout
         # The environment is read by the settings only: no proxy from there.
         self._http = httpx2.AsyncClient(
             transport=transport,
@@ -146,33 +148,24 @@ class HubClient:
         while offset < size:
             before = offset
             try:
-                async with self._open(url, offset) as response:
-                    # No regrouping: what arrived before a cut must count.
-                    async for piece in response.aiter_raw():
-                        offset += len(piece)
-                        if offset > size:
-                            raise Unavailable("the hub sent more bytes than it announced")
-                        yield piece
-            except httpx2.TransportError as error:
-                failures = 0 if offset > before else failures + 1
+                download = await Download.open(url, offset, self._timeout)
+            except (OSError, HTTPException) as error:
+                failures += 1
                 if failures > RETRIES:
                     raise _unreachable(error) from error
-            else:
-                if offset < size:
-                    failures += 1
-                    if failures > RETRIES:
-                        raise Unavailable("the hub's answer ends before the file does")
-
-    @asynccontextmanager
-    async def _open(self, url: str, offset: int) -> AsyncIterator[httpx2.Response]:
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with self._http.stream("GET", url, headers=headers) as response:
-            if response.status_code != (206 if offset else 200):
-                await response.aread()
-                raise error_from_problem(response.status_code, _parse(response))
-            if offset and not response.headers.get("content-range", "").startswith(f"bytes {offset}-"):
-                raise Unavailable("the hub sent another range than the one asked for")
-            yield response
+                continue
+            try:
+                while offset < size and (piece := await download.piece()):
+                    offset += len(piece)
+                    if offset > size:
+                        raise Unavailable("the hub sent more bytes than it announced")
+                    yield piece
+            finally:
+                download.close()
+            if offset < size:
+                failures = 0 if offset > before else failures + 1
+                if failures > RETRIES:
+                    raise Unavailable("the hub's answer ends before the file does")
 
     async def put(self, url: str, stream: AsyncIterable[bytes], size: int) -> None:
         """Upload bytes to a URL that the hub gave."""

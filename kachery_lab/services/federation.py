@@ -144,7 +144,7 @@ class JoinedHub:
     async def _whole(self, membership: HubMembership, sha1: Sha1, size: int, progress: Progress | None) -> None:
         await self._arriving(membership, sha1)
         stream = self._counted(self._hub.read(membership.bucket_url, sha1, size), progress)
-        await self._blobs.store(stream, Claim(sha1=sha1, size=size), _fetched(membership))
+        await self._blobs.store(stream, Claim(sha1=sha1, size=size, want_manifest=False), _fetched(membership))
 
     async def _arriving(self, membership: HubMembership, sha1: Sha1) -> None:
         here = await self._blobs.store_on_volume.stat(sha1) is not None
