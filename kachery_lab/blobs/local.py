@@ -27,21 +27,30 @@ from kachery_lab.blobs.volume import read_volume_id
 from kachery_lab.core.ids import Sha1
 from kachery_lab.errors import Collision, NotFound, Unavailable
 
+EARLY_FLUSH = 16 << 20
+"""After so many bytes of a draft the kernel is asked to begin writing them out, so that fsync finds less to do."""
+
 
 class Draft:
     """Bytes on their way in: a temporary file that becomes a blob by `commit` or disappears by `discard`."""
 
-    __slots__ = ("_fd", "_path", "_store")
+    __slots__ = ("_fd", "_flushing", "_path", "_store", "_written")
 
     def __init__(self, store: LocalBlobStore, path: str) -> None:
         self._store = store
         self._path = path
+        self._written = self._flushing = 0
         self._fd = -1
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
         write_all(self._fd, data)
+        self._written += len(data)
+        if self._written - self._flushing >= EARLY_FLUSH:
+            # Begins to write out; pages that are dirty or under way stay in the cache.
+            os.posix_fadvise(self._fd, self._flushing, self._written - self._flushing, os.POSIX_FADV_DONTNEED)
+            self._flushing = self._written
 
     def commit(self, sha1: Sha1) -> tuple[bool, Fingerprint]:
         """Make the bytes, trusted to have this SHA-1, a blob that survives a power cut. (Whether it is new, what lies

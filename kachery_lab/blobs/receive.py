@@ -79,10 +79,13 @@ def store_bytes(store: LocalBlobStore, data: bytes | bytearray, claim: Claim | N
     return _received(hasher, new, fingerprint)
 
 
-async def pieces(stream: AsyncIterable[bytes], size: int = PIECE) -> AsyncIterator[bytearray]:
+async def pieces(stream: AsyncIterable[bytes | bytearray], size: int = PIECE) -> AsyncIterator[bytes | bytearray]:
     """Regroup a stream into pieces of at least `size` bytes; only the last may be shorter. Never an empty one."""
     piece = bytearray()
     async for part in stream:
+        if not piece and len(part) >= size:
+            yield part
+            continue
         piece += part
         if len(piece) >= size:
             yield piece
@@ -91,7 +94,7 @@ async def pieces(stream: AsyncIterable[bytes], size: int = PIECE) -> AsyncIterat
         yield piece
 
 
-async def receive(store: LocalBlobStore, stream: AsyncIterable[bytes], claim: Claim) -> Received:
+async def receive(store: LocalBlobStore, stream: AsyncIterable[bytes | bytearray], claim: Claim) -> Received:
     """Store what arrives. Raises ContentMismatch when it does not fit the claim, TooLarge over the limit, Collision,
     StorageFull, Unavailable, and whatever `stream` raises; then nothing is left behind."""
     source = pieces(stream)
@@ -103,13 +106,13 @@ async def receive(store: LocalBlobStore, stream: AsyncIterable[bytes], claim: Cl
 
 
 async def _receive_large(
-    store: LocalBlobStore, first: bytearray, source: AsyncIterator[bytearray], claim: Claim
+    store: LocalBlobStore, first: bytes | bytearray, source: AsyncIterator[bytes | bytearray], claim: Claim
 ) -> Received:
     hasher = _hasher(claim.size, claim.want_manifest)
     draft = await store.disk.run(store.draft)
     working: asyncio.Future[tuple[None, None]] | None = None
     try:
-        piece: bytearray | None = first
+        piece: bytes | bytearray | None = first
         while piece is not None:
             _check_limit(claim, hasher.size + len(piece))
             if hasher.size > SHA256_LIMIT:
@@ -131,7 +134,7 @@ async def _receive_large(
     return _received(hasher, new, fingerprint)
 
 
-def _write(draft: Draft, later: ChunkHasher | None, piece: bytearray) -> None:
+def _write(draft: Draft, later: ChunkHasher | None, piece: bytes | bytearray) -> None:
     draft.write(piece)
     if later is not None:
         later.update(piece)

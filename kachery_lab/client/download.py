@@ -51,11 +51,11 @@ class Download:
         if offset and not (response.getheader("content-range") or "").startswith(f"bytes {offset}-"):
             raise Unavailable("the hub sent another range than the one asked for")
 
-    async def piece(self) -> bytes:
+    async def piece(self) -> bytearray:
         """The next bytes; fewer than PIECE, or none, when the answer ends or the connection is cut."""
         return await asyncio.to_thread(self._piece)
 
-    def _piece(self) -> bytes:
+    def _piece(self) -> bytearray:
         buffer = bytearray(PIECE)
         view = memoryview(buffer)
         have = 0
@@ -68,7 +68,9 @@ class Download:
             if not count:
                 break
             have += count
-        return bytes(view[:have])
+        view.release()
+        del buffer[have:]
+        return buffer
 
     def close(self) -> None:
         """End the connection."""

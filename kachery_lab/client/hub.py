@@ -141,7 +141,7 @@ class HubClient:
             raise Unavailable("the hub does not say the size of the file")
         return int(length)
 
-    async def read(self, bucket_url: str, sha1: Sha1, size: int) -> AsyncIterator[bytes]:
+    async def read(self, bucket_url: str, sha1: Sha1, size: int) -> AsyncIterator[bytearray]:
         """Exactly `size` bytes of a file; a connection that is cut is resumed where it ended. Not hashed here."""
         url = self._followed(f"{bucket_url}/{file_path(sha1)}")
         offset, failures = 0, 0

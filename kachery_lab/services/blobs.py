@@ -97,7 +97,7 @@ class BlobService:
 
     # -- storing -------------------------------------------------------------------------------------------------
 
-    async def store(self, stream: AsyncIterable[bytes], claim: Claim, principal: Principal) -> StoredBlob:
+    async def store(self, stream: AsyncIterable[bytes | bytearray], claim: Claim, principal: Principal) -> StoredBlob:
         """Store a stream, durable on return, its manifest too. Raises what `receive` raises; nothing is left then."""
         if claim.size is not None and (claim.size > SMALL or self._min_free):
             free = await self.store_on_volume.disk.run(self.store_on_volume.free_bytes)

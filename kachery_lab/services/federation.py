@@ -150,7 +150,7 @@ class JoinedHub:
         here = await self._blobs.store_on_volume.stat(sha1) is not None
         await self._origins.arriving(sha1, f"{await self._hub.hub_id()}/{membership.channel}", here=here)
 
-    async def _counted(self, stream: AsyncIterator[bytes], progress: Progress | None) -> AsyncIterator[bytes]:
+    async def _counted(self, stream: AsyncIterator[bytearray], progress: Progress | None) -> AsyncIterator[bytearray]:
         async for piece in stream:
             self._stats.bytes_received += len(piece)
             if progress is not None:
