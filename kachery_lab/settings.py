@@ -175,11 +175,6 @@ class Settings(BaseSettings):
         """The storage directory as clients see it."""
         return self.advertised_storage_dir or self.storage_dir
 
-    @property
-    def key_file(self) -> Path | None:
-        """The node key's own place, or None for the one in the storage directory."""
-        return self.node_key_file
-
 
 def _as_value_error(parse: Any, value: str) -> str:
     try:

@@ -248,8 +248,3 @@ def sweep_leftovers(directory: Path) -> int:
             os.unlink(directory / name)
             removed += 1
     return removed
-
-
-def remove_stale(path: Path) -> None:
-    """Remove a file that only a running process of ours may have, before making it anew."""
-    unlink_quietly(str(path))
