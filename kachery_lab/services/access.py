@@ -87,9 +87,12 @@ class AccessService:
     async def rotate(self) -> None:
         """Publish a new code; the one before stays valid until the next rotation. Raises what the disk raises."""
         code = "".join(secrets.choice(string.ascii_letters) for _ in range(CODE_LENGTH))
+        before = self._codes[:2]
         # Valid before it can be read: a client may use it the moment the file is there.
-        self._codes = [_digest(code), *self._codes[:1]]
+        self._codes = [*before, _digest(code)]
+        # A failure leaves it so: what was published stays valid, and a write that is late may still publish this one.
         await self._disk.run(self._publish, code)
+        self._codes = [_digest(code), *before[:1]]
 
     def _publish(self, code: str) -> None:
         # An unmounted volume leaves a bare directory, into which nothing may be written.
@@ -100,11 +103,9 @@ class AccessService:
         """Rotate for ever. A volume that cannot be written leaves the last published code valid."""
         while True:
             await asyncio.sleep(ROTATION_SECONDS)
-            before = self._codes
             try:
                 await self.rotate()
             except KacheryLabError as error:
-                self._codes = before
                 log.warning("client-auth was not rotated", code=error.code, reason=error.message)
 
     def set_other_codes(self, codes: object) -> None:
