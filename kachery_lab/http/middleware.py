@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import count
-from typing import Any
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -21,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kachery_lab.errors import UnknownHost
 from kachery_lab.http.errors import problem, unexpected
 from kachery_lab.observability.logging import RateLimited, redact_text
+from kachery_lab.observability.request_lines import RequestLogger, request_logger
 
 ALLOW_METHODS = b"GET,HEAD,PUT,PATCH,POST,DELETE"
 
@@ -217,7 +217,7 @@ class RequestLog:
     per 10 s are written, then a line with their number.
     """
 
-    def __init__(self, app: ASGIApp, *, most_refusals: int = 100, log: Any = None) -> None:
+    def __init__(self, app: ASGIApp, *, most_refusals: int = 100, log: RequestLogger | None = None) -> None:
         self.app = app
         self._log = log
         self._refusals = RateLimited(most_refusals)
@@ -265,8 +265,8 @@ class RequestLog:
                 return
             self._refusals.flush()
             if self._log is None:
-                # Bound once: making a logger costs more than writing the line.
-                self._log = structlog.get_logger().bind()
+                # Made once: making a logger costs more than writing the line.
+                self._log = request_logger()
             client = scope.get("client")
             self._log.info(
                 "request",

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -130,7 +131,7 @@ def printable(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mu
 class LineStream:
     """Writes lines to a descriptor and never raises and never waits.
 
-    Closed, full, broken or blocked: the line is dropped and counted, and the count is written when writing works again.
+    Closed, full, broken or blocked: lines are dropped and counted, and the count is written when writing works again.
     """
 
     PIECE = 4096  # what a pipe that is reported writable takes without blocking (PIPE_BUF)
@@ -139,23 +140,41 @@ class LineStream:
         self.descriptor = descriptor
         self.dropped = 0
         self._torn = False
+        self._held: list[str] = []
         self._lock = threading.Lock()
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
     def write_line(self, line: str) -> None:
-        """Writes `line` and a line end."""
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        """Writes `line` and a line end, behind the lines that are held."""
         with self._lock:
-            if self.dropped:
-                note = b'{"event":"log_lines_dropped","count":%d}\n' % self.dropped
-                if not self._write(b"\n" + note if self._torn else note):
-                    self.dropped += 1
-                    return
-                self.dropped = 0
-                self._torn = False
-            if not self._write(data):
-                self.dropped += 1
+            self._held.append(line)
+            self._release()
+
+    def hold(self, line: str) -> int:
+        """Keeps `line` until something is written or `flush` is called; how many are held now."""
+        with self._lock:
+            self._held.append(line)
+            return len(self._held)
+
+    def flush(self) -> None:
+        """Writes the lines that are held."""
+        with self._lock:
+            if self._held:
+                self._release()
+
+    def _release(self) -> None:
+        lines, self._held = self._held, []
+        if self.dropped:
+            note = b'{"event":"log_lines_dropped","count":%d}\n' % self.dropped
+            if not self._write(b"\n" + note if self._torn else note):
+                self.dropped += len(lines)
+                return
+            self.dropped = 0
+            self._torn = False
+        lines.append("")
+        if not self._write("\n".join(lines).encode("utf-8", "backslashreplace")):
+            self.dropped += len(lines) - 1
 
     def _write(self, data: bytes) -> bool:
         view = memoryview(data)
@@ -195,6 +214,14 @@ class _Handler(logging.Handler):
             pass
 
 
+_JSON_STREAM: list[LineStream] = []
+
+
+def json_stream() -> LineStream | None:
+    """Where lines of level info go that are JSON already; None when `configure` chose another format or level."""
+    return _JSON_STREAM[0] if _JSON_STREAM else None
+
+
 def configure(
     fmt: Literal["json", "console"] = "json", level: str = "info", *, descriptor: int | None = None
 ) -> LineStream:
@@ -205,7 +232,9 @@ def configure(
         except (AttributeError, OSError, ValueError):
             descriptor = 1
     stream = LineStream(descriptor)
+    atexit.register(stream.flush)
     number = logging.getLevelNamesMapping()[level.upper()]
+    _JSON_STREAM[:] = [stream] if fmt == "json" and number <= logging.INFO else []
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

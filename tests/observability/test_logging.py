@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import structlog
 
 from kachery_lab.observability.logging import LineStream, RateLimited, configure, redact_text
+from kachery_lab.observability.request_lines import MOST_HELD, request_logger
 
 NASTY = 'a\r\n{"event":"forged"}\x1b[31m\u202eb\0\x7f\udc80'
 
@@ -229,3 +232,46 @@ def test_console_is_for_people(lines: Callable[..., list[str]]) -> None:
     structlog.get_logger().debug("stored", size=3)
     assert "stored" in lines()[0]
     assert "size=3" in lines()[0]
+
+
+def test_request_lines_are_those_of_structlog(lines: Callable[..., list[str]]) -> None:
+    facts = {"method": "GET", "path": NASTY, "status": 200, "bytes": 5, "ms": 0.25, "peer": None, "request_id": "r-1"}
+    lines("json")
+    request_logger().info("request", **facts)
+    structlog.get_logger().info("request", **facts)
+    ours, theirs = (json.loads(line) for line in lines())
+    assert all(line.isascii() and line.isprintable() for line in lines())
+    assert datetime.fromisoformat(theirs.pop("timestamp")) - datetime.fromisoformat(ours.pop("timestamp")) < timedelta(
+        seconds=5
+    )
+    assert ours == theirs
+    assert list(ours) == list(theirs)
+
+
+def test_request_lines_wait_for_one_another_and_keep_their_order(lines: Callable[..., list[str]]) -> None:
+    lines("json")
+    log = request_logger()
+
+    async def work() -> None:
+        log.info("request", number=1)
+        log.info("request", number=2)
+        assert lines() == []
+        structlog.get_logger().info("other")
+        assert [json.loads(line).get("number") for line in lines()] == [1, 2, None]
+        log.info("request", number=4)
+        await asyncio.sleep(0.1)
+        assert len(lines()) == 4
+        for number in range(MOST_HELD):
+            log.info("request", number=number)
+        assert len(lines()) == 4 + MOST_HELD
+
+    asyncio.run(work())
+
+
+def test_request_lines_follow_level_and_format(lines: Callable[..., list[str]]) -> None:
+    lines("json", "warning")
+    request_logger().info("request", number=1)
+    assert lines() == []
+    lines("console")
+    request_logger().info("request", number=1)
+    assert "number=1" in lines()[0]
