@@ -16,7 +16,7 @@ from kachery_lab.blobs.disk import Disk
 from kachery_lab.blobs.durable import (
     Directories,
     fsync_directory,
-    link_or_rename,
+    move_without_replacing,
     present,
     unlink_quietly,
     write_all,
@@ -41,7 +41,8 @@ class Draft:
         self._path = path
         self._written = self._flushing = 0
         self._fd = -1
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        # The mode of blobs: the program's umask leaves it as it is.
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
@@ -56,9 +57,11 @@ class Draft:
         """Make the bytes, trusted to have this SHA-1, a blob that survives a power cut. (Whether it is new, what lies
         there now.) Raises Collision when other bytes with this SHA-1 are stored; they stay."""
         try:
-            os.fchmod(self._fd, 0o644)
             os.fsync(self._fd)
-            return self._store.place(self._fd, self._path, sha1)
+            new, fingerprint = self._store.place(self._fd, self._path, sha1)
+            if new:
+                self._path = ""
+            return new, fingerprint
         finally:
             self.discard()
 
@@ -66,7 +69,8 @@ class Draft:
         """Drop the temporary file. Doing it again does nothing."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            unlink_quietly(self._path)
+            if self._path:
+                unlink_quietly(self._path)
             os.close(fd)
 
     def __del__(self) -> None:
@@ -116,12 +120,12 @@ class LocalBlobStore:
     def _place(self, fd: int, path: str, sha1: Sha1) -> tuple[bool, Fingerprint]:
         final = self.layout.blob(sha1)
         directory = final.rpartition("/")[0]
-        pending = self._directories.make(directory)
-        if self.meets_link is not None and present(self.layout.link(sha1)):
+        pending, fresh = self._directories.make(directory)
+        if not fresh and self.meets_link is not None and present(self.layout.link(sha1)):
             self.meets_link(sha1, fd)
         try:
             try:
-                link_or_rename(path, final)
+                move_without_replacing(path, final)
                 new = True
             except FileExistsError:
                 new = self._meet(fd, path, final, sha1)
@@ -147,7 +151,7 @@ class LocalBlobStore:
         finally:
             stored.close()
         self.set_aside(sha1)
-        link_or_rename(path, final)
+        move_without_replacing(path, final)
         return True
 
     def holds(self, file: OpenFile, sha1: Sha1) -> bool:
@@ -201,7 +205,7 @@ class LocalBlobStore:
         return found
 
     def _move(self, source: str, directory: str, name: str) -> None:
-        pending = self._directories.make(directory)
+        pending, _ = self._directories.make(directory)
         os.rename(source, f"{directory}/{name}")
         fsync_directory(directory)
         fsync_directory(os.path.dirname(source))
@@ -217,7 +221,7 @@ class LocalBlobStore:
         self.check_volume()
         final = self.layout.link(sha1)
         directory = os.path.dirname(final)
-        pending = self._directories.make(directory)
+        pending, _ = self._directories.make(directory)
         path = self.layout.draft(self.token, next(self._numbers))
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:

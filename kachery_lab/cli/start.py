@@ -107,16 +107,15 @@ async def _serve_operator(node: Node, operator: uvicorn.Server, server: uvicorn.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
     try:
         listener.bind(path)
+        # Nobody can connect before `listen`. The umask is left alone: blobs are being made meanwhile.
+        os.chmod(path, 0o600)
     except OSError as error:
         # Paths of sockets are short (107 bytes); the server works without one, its CLI then stops it first.
         log.warning("there is no admin socket", path=path, reason=str(error))
         listener.close()
         return
-    finally:
-        os.umask(before)
     try:
         await operator.serve(sockets=[listener])
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import http.client
@@ -17,6 +18,7 @@ from typing import ClassVar
 import httpx2
 import pytest
 
+from kachery_lab.blobs import durable
 from kachery_lab.blobs.disk import Disk
 from kachery_lab.blobs.layout import StorageLayout
 from kachery_lab.blobs.local import LocalBlobStore
@@ -71,15 +73,35 @@ class TestLocal(BlobStoreContract):
         return servers.drafts(self.root)
 
 
-class TestLocalWithoutHardLinks(TestLocal):
-    """As on a file system that has none: the final name is given by a rename."""
+class TestLocalWithoutFlags(TestLocal):
+    """As on NFS, where a rename cannot be told not to replace: the final name is given by a hard link."""
 
     @pytest.fixture(autouse=True)
-    def no_links(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        refused: list[str] = []
+    def no_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.linked: list[str] = []
 
         def link(source: str, target: str) -> None:
-            refused.append(target)
+            real(source, target)
+            self.linked.append(target)
+
+        real = os.link
+        monkeypatch.setattr(os, "link", link)
+        monkeypatch.setattr(durable, "_renameat2", _no_flags)
+
+    async def test_the_fallback_ran(self, store: LocalBlobStore) -> None:
+        await put(store, b"by link")
+        assert len(self.linked) == 1
+
+
+class TestLocalWithoutHardLinks(TestLocal):
+    """As on a file system that has neither: the final name is given by a look and a rename."""
+
+    @pytest.fixture(autouse=True)
+    def no_links(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refused: list[str] = []
+
+        def link(source: str, target: str) -> None:
+            self.refused.append(target)
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
         def rename(source: str, target: str) -> None:
@@ -90,12 +112,16 @@ class TestLocalWithoutHardLinks(TestLocal):
         real = os.rename
         monkeypatch.setattr(os, "link", link)
         monkeypatch.setattr(os, "rename", rename)
-        self.refused = refused
-        yield
+        monkeypatch.setattr(durable, "_renameat2", _no_flags)
 
     async def test_the_fallback_ran(self, store: LocalBlobStore) -> None:
         await put(store, b"by rename")
         assert len(self.refused) == 1
+
+
+def _no_flags(*_: object) -> int:
+    ctypes.set_errno(errno.EINVAL)
+    return -1
 
 
 @pytest.fixture(scope="module")

@@ -33,10 +33,10 @@ STEPS: dict[str, tuple[str, str]] = {
     "make the draft": ("openat", "draft"),
     "write the draft": ("write", "draft"),
     "flush the draft": ("fsync", "draft"),
-    "close the draft": ("close", "draft"),
+    "close the draft": ("close", "final"),
     "make the first directory": ("mkdir", "aa"),
     "make the last directory": ("mkdir", "cc"),
-    "give the name": ("link", "final"),
+    "give the name": ("renameat2", "draft"),
     "open the directory": ("openat", "cc"),
     "flush the directory": ("fsync", "cc"),
     "flush a parent": ("fsync", "aa"),
@@ -182,8 +182,8 @@ def test_control_acknowledge_anyway(make_node: Any, tmp_path: Path) -> None:
     need_strace()
     node = make_node(prefix=without("acknowledge_anyway")).start()
     data = unused(node)
-    final = str(blob_path(node.storage, sha1_of(data)))
-    with strace(node, tmp_path / "trace", *Point("link", final).options(final, "error=ENOSPC")):
+    draft = next_draft(node)
+    with strace(node, tmp_path / "trace", *Point("renameat2", draft).options(draft, "error=ENOSPC")):
         answer = node.store(data)
     assert answer.status == 200
     ledger = Ledger()

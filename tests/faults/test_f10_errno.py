@@ -176,7 +176,7 @@ def test_failing_writes_are_not_acknowledged(make_node: Make, volume: BadVolume)
         ("create", "/tmp/"),
         ("write", "/tmp/"),
         ("fsync", "/tmp/"),
-        ("link", "/sha1/"),
+        ("rename", "/sha1/"),
         ("mkdir", "/sha1/"),
     ):
         for number, status in ((errno.EIO, 503), (errno.EROFS, 503), (errno.EDQUOT, 507)):

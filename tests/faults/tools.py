@@ -27,7 +27,7 @@ from tests.servers import RunningNode, blob_path, drafts, files_below
 
 UNDURABLE = Path(__file__).with_name("undurable.py")
 SUBFEED = "5" * 40
-SYSTEM_CALLS = "openat,write,pwrite64,fchmod,fsync,fdatasync,ftruncate,mkdir,link,rename,unlink"
+SYSTEM_CALLS = "openat,write,pwrite64,fchmod,fsync,fdatasync,ftruncate,mkdir,link,rename,renameat2,unlink"
 
 
 def without(guard: str) -> list[str]:
@@ -148,7 +148,7 @@ def calls(log: Path) -> list[tuple[str, str, str, str]]:
         thread, call, rest = match.groups()
         if call == "link":
             path = _QUOTED.findall(rest)[1]
-        elif call in ("openat", "mkdir", "unlink", "rename"):
+        elif call in ("openat", "mkdir", "unlink", "rename", "renameat2"):
             # Of a rename strace's own path filter sees the first name only.
             path = _QUOTED.findall(rest)[0]
         else:
