@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from kachery_lab.blobs.gather import Gather
+from kachery_lab.blobs.gather import Gather, settle
 from kachery_lab.errors import KacheryLabError, NotFound, StorageFull, Unavailable
 
 P = ParamSpec("P")
@@ -55,27 +55,25 @@ class Disk:
 
         A function that outlives its deadline still ends in its thread; what it opened must close itself when dropped.
         """
-        loop = asyncio.get_running_loop()
-        call = functools.partial(fn, *args, **kwargs) if kwargs else functools.partial(fn, *args)
-        try:
-            async with asyncio.timeout(self.deadline):
-                return await loop.run_in_executor(self._pool, call)
-        except TimeoutError:
-            raise self._late() from None
-        except OSError as error:
-            raise self._failed(error) from error
+        return await self._within_deadline(self._begin(functools.partial(fn, *args, **kwargs)))
 
     async def run_short(self, fn: Callable[[A], T], argument: A) -> T:
         """As `run`, for what takes microseconds on a healthy volume: operations that come together share a thread."""
-        future: asyncio.Future[T] = self._short.submit(functools.partial(fn, argument))
+        return await self._within_deadline(self._short.submit(functools.partial(fn, argument)))
+
+    def _begin(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._pool.submit(_work, loop, future, call)
+        return future
+
+    async def _within_deadline(self, future: asyncio.Future[T]) -> T:
         timer = asyncio.get_running_loop().call_later(self.deadline, _expire, future)
         try:
             return await future
-        except TimeoutError as error:
-            if error.errno is not None:
-                raise self._failed(error) from error
-            raise self._late() from None
         except OSError as error:
+            if isinstance(error, TimeoutError) and error.errno is None:
+                raise self._late() from None
             raise self._failed(error) from error
         finally:
             timer.cancel()
@@ -83,7 +81,7 @@ class Disk:
     async def run_long(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As `run`, without a deadline: for work whose length follows the size of a file."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(fn, *args, **kwargs))
+            return await self._begin(functools.partial(fn, *args, **kwargs))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -100,6 +98,19 @@ class Disk:
     def close(self) -> None:
         """Let the threads end. Does not wait for one that hangs on the volume."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _work(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], call: Callable[[], Any]) -> None:
+    """One operation in a thread of the pool. Lighter than a future that is chained to another."""
+    value = error = None
+    try:
+        value = call()
+    except BaseException as failure:
+        error = failure
+    try:
+        loop.call_soon_threadsafe(settle, future, value, error)
+    except RuntimeError:
+        pass  # the loop is closed: nobody waits any more
 
 
 def _expire(future: asyncio.Future[Any]) -> None:

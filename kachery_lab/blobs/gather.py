@@ -75,9 +75,14 @@ class Gather:
         if self._waiting:
             self._start(loop)
         for future, value, error in done:
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
+            settle(future, value, error)
+
+
+def settle(future: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    """Hand an outcome over, on the loop, unless nobody waits for it any more."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
