@@ -104,6 +104,15 @@ class Settings(BaseSettings):
         default={}, description="`host=container` pairs that turn the paths clients send into paths of the server"
     )
     min_free: Size = Field(default=0, description="Bytes that stay free on the storage; below, uploads get 507")
+    max_uploads: Annotated[int, Field(gt=0)] = Field(
+        default=200, description="Uploads that one caller may have under way; more get 429"
+    )
+    max_appends: Annotated[int, Field(gt=0)] = Field(
+        default=200, description="Appends to feeds that one caller may have under way; more get 429"
+    )
+    tickets_per_second: Annotated[int, Field(gt=0)] = Field(
+        default=1000, description="Upload URLs that one caller gets in the long run, a hundred times as many at once"
+    )
     max_json: Annotated[Size, Field(gt=0)] = Field(default=100_000_000, description="Largest JSON request body")
     max_json_total: Size = Field(default=256_000_000, description="JSON bodies in memory at once; the rest wait")
     disk_deadline: float = Field(default=30.0, gt=0, description="Seconds that one disk operation may take")
@@ -120,13 +129,14 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else Path(os.path.abspath(value.expanduser()))
 
-    @field_validator("public_url", mode="after")
+    @field_validator("public_url", "hub_url", mode="after")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
         if value is None:
             return None
         parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        plain = parts.scheme in ("http", "https") and parts.hostname and not set(value) & set("?#@\\ ")
+        if not plain or (parts.port is not None and not parts.port):
             raise ValueError(f"{value!r}: expected http:// or https://, a name, and at most a port and a path")
         return value.rstrip("/")
 

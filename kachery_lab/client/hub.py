@@ -1,32 +1,39 @@
 """Our client of another server's hub: signed requests to its API, and its buckets.
 
 URLs that the hub names are followed only at the origin of the configured hub URL, or of the public URL that the hub
-itself states; redirects are never followed.
+itself states, and at addresses that `Reach` allows; redirects are never followed. Answers have a greatest size and a
+greatest duration: a hub is another machine, which may lie.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
-from kachery_lab.client.download import Download
+from kachery_lab.client.download import LEAST_RATE, Download, Threads
 from kachery_lab.client.problems import error_from_problem
+from kachery_lab.client.reach import PinnedTransport, Reach
 from kachery_lab.core.ids import NodeId, Sha1
 from kachery_lab.core.keys import PrivateKey
 from kachery_lab.core.objects import file_path
 from kachery_lab.core.signables import request_bytes
-from kachery_lab.errors import Forbidden, InvalidInput, Unavailable
+from kachery_lab.errors import Forbidden, InvalidInput, KacheryLabError, Unavailable
 
 RETRIES = 5
+DOWNLOADS = 16
+"""Downloads that run at once; the rest wait."""
+MAX_ANSWER = 8 << 20
+"""Bytes of an answer in JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +58,13 @@ class HubClient:
     ) -> None:
         self._url = url.rstrip("/")
         self._key = key
-        self._origins = {_origin(url)}
+        self._reach = Reach(url)
+        self._threads = Threads(DOWNLOADS)
         self._hub_id: NodeId | None = None
         self._timeout = timeout
         # The environment is read by the settings only: no proxy from there.
         self._http = httpx2.AsyncClient(
-            transport=transport,
+            transport=transport or PinnedTransport(self._reach),
             timeout=timeout,
             follow_redirects=False,
             trust_env=False,
@@ -66,6 +74,7 @@ class HubClient:
     async def close(self) -> None:
         """End all connections."""
         await self._http.aclose()
+        self._threads.close()
 
     # -- its API -------------------------------------------------------------------------------------------------
 
@@ -73,28 +82,38 @@ class HubClient:
         """The hub's node id: asked once, then fixed for the life of this client."""
         if self._hub_id is None:
             info = await self._json("GET", f"{self._url}/api/v1/info", None)
-            self._hub_id = NodeId.parse(info.get("nodeId"), "nodeId of the hub")
+            try:
+                hub_id = NodeId.parse(info.get("nodeId"), "nodeId of the hub")
+            except InvalidInput as error:
+                raise _unreadable() from error
             if isinstance(info.get("publicUrl"), str):
-                self._origins.add(_origin(info["publicUrl"]))
+                # One that is no address is as good as none.
+                with suppress(Forbidden):
+                    self._reach.allow(info["publicUrl"])
+            self._hub_id = hub_id
         return self._hub_id
 
     async def report(self, label: str, owner: str) -> bool:
         """Tell the hub who we are; whether it has approved us."""
-        return bool((await self._signed("POST", "/api/v1/nodes/report", {"label": label, "owner": owner}))["approved"])
+        answer = await self._signed("POST", "/api/v1/nodes/report", {"label": label, "owner": owner})
+        return answer.get("approved") is True
 
     async def memberships(self) -> dict[str, HubMembership]:
         """Our channels there, by name, with the roles that are effective now."""
         answer = await self._signed("GET", "/api/v1/nodes/memberships", None)
         found = {}
-        for item in answer.get("memberships", []):
-            roles = frozenset(str(role) for role in item["roles"])
-            found[str(item["channel"])] = HubMembership(str(item["channel"]), roles, str(item["bucketUrl"]))
+        try:
+            for item in answer["memberships"]:
+                roles = frozenset(str(role) for role in item["roles"])
+                found[str(item["channel"])] = HubMembership(str(item["channel"]), roles, str(item["bucketUrl"]))
+        except (TypeError, KeyError) as error:
+            raise _unreadable() from error
         return found
 
     async def upload_url(self, channel: str, sha1: Sha1, size: int) -> str | None:
         """Where to PUT a file; None when it is in the bucket already."""
         answer = await self._signed("POST", f"/api/v1/channels/{channel}/uploads", {"sha1": sha1, "size": size})
-        return None if answer.get("alreadyUploaded") else self._followed(str(answer["url"]))
+        return None if answer.get("alreadyUploaded") else self._followed(str(answer.get("url")))
 
     async def _signed(self, method: str, target: str, body: object) -> dict[str, Any]:
         data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
@@ -107,35 +126,49 @@ class HubClient:
     async def _json(
         self, method: str, url: str, data: bytes | None, headers: dict[str, str] | None = None
     ) -> dict[str, Any]:
+        sent = {"Content-Type": "application/json", **(headers or {})}
         try:
-            response = await self._http.request(
-                method, url, content=data or None, headers={"Content-Type": "application/json", **(headers or {})}
-            )
+            async with asyncio.timeout(self._timeout):
+                status, found = await self._answer(method, url, data or None, sent)
+        except TimeoutError as error:
+            raise _unreachable(error) from error
+        if status >= 300:
+            raise _refusal(status, found)
+        return found
+
+    async def _answer(
+        self, method: str, url: str, content: bytes | AsyncIterable[bytes] | None, headers: Mapping[str, str]
+    ) -> tuple[int, dict[str, Any]]:
+        """Status and JSON object of an answer, {} for anything else. Raises Unavailable, also for a longer one."""
+        try:
+            async with self._http.stream(method, url, content=content, headers=headers) as response:
+                body = bytearray()
+                async for piece in response.aiter_raw():
+                    body += piece
+                    if len(body) > MAX_ANSWER:
+                        raise Unavailable("the hub's answer is longer than it may be")
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise _unreachable(error) from error
-        found = _parse(response)
-        if response.status_code >= 300:
-            raise error_from_problem(response.status_code, found)
-        return found
+        return response.status_code, _parse(body)
 
     # -- its buckets ---------------------------------------------------------------------------------------------
 
     def _followed(self, url: str) -> str:
-        if _origin(url) not in self._origins:
-            raise Forbidden("the hub names an address of another machine, which is not followed")
+        self._reach.require(url)
         return url
 
     async def size(self, bucket_url: str, sha1: Sha1) -> int | None:
         """Size of a file in a bucket, None when it is not there."""
         url = self._followed(f"{bucket_url}/{file_path(sha1)}")
         try:
-            response = await self._http.head(url)
-        except httpx2.TransportError as error:
+            async with asyncio.timeout(self._timeout):
+                response = await self._http.head(url)
+        except (httpx2.TransportError, httpx2.InvalidURL, TimeoutError) as error:
             raise _unreachable(error) from error
         if response.status_code == 404:
             return None
         if response.status_code != 200:
-            raise error_from_problem(response.status_code, {})
+            raise _refusal(response.status_code, {})
         length = response.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()):
             raise Unavailable("the hub does not say the size of the file")
@@ -148,7 +181,7 @@ class HubClient:
         while offset < size:
             before = offset
             try:
-                download = await Download.open(url, offset, self._timeout)
+                download = await Download.open(self._reach, self._threads, url, offset, self._timeout)
             except (OSError, HTTPException) as error:
                 failures += 1
                 if failures > RETRIES:
@@ -171,26 +204,32 @@ class HubClient:
         """Upload bytes to a URL that the hub gave."""
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
         try:
-            response = await self._http.put(self._followed(url), content=stream, headers=headers)
-        except httpx2.TransportError as error:
+            async with asyncio.timeout(self._timeout + size / LEAST_RATE):
+                status, found = await self._answer("PUT", self._followed(url), stream, headers)
+        except TimeoutError as error:
             raise _unreachable(error) from error
-        if response.status_code != 200:
-            raise error_from_problem(response.status_code, _parse(response))
+        if status != 200:
+            raise _refusal(status, found)
 
 
-def _origin(url: str) -> tuple[str, str, int]:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidInput(f"{url!r} is no http or https address")
-    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _parse(response: httpx2.Response) -> dict[str, Any]:
+def _parse(body: bytes | bytearray) -> dict[str, Any]:
     try:
-        found = response.json() if response.content else {}
-    except ValueError:
+        found = json.loads(body) if body else {}
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _refusal(status: int, body: object) -> KacheryLabError:
+    if status < 400:
+        return Unavailable(
+            f"the hub answers {status}, which is not followed", hint="KACHERY_LAB_HUB_URL is its final address"
+        )
+    return error_from_problem(status, body)
+
+
+def _unreadable() -> Unavailable:
+    return Unavailable("the hub's answer cannot be read", hint="Does KACHERY_LAB_HUB_URL lead to a kachery-lab server?")
 
 
 def _unreachable(error: Exception) -> Unavailable:

@@ -25,6 +25,7 @@ from kachery_lab.services.stats import Stats
 
 CHUNKS_AT_ONCE = 5
 REPORT_SECONDS = 300.0
+FIRST_RETRY = 2.0
 MEMBERSHIP_SECONDS = 0.5
 
 log = structlog.get_logger(__name__)
@@ -53,19 +54,22 @@ class JoinedHub:
         self._asked = -MEMBERSHIP_SECONDS
 
     async def keep_reporting(self) -> None:
-        """Tell the hub who we are, at once and every five minutes, for ever."""
+        """Tell the hub who we are, at once and every five minutes, for ever; sooner again while it does not answer."""
         approved: bool | None = None
+        pause = REPORT_SECONDS
         while True:
             try:
                 before, approved = (
                     approved,
                     await self._hub.report(self._identity.label, self._identity.owner or "admin"),
                 )
+                pause = REPORT_SECONDS
                 if approved is not before:
                     log.info("the hub knows this node", approved=approved)
             except KacheryLabError as error:
                 log.warning("the hub was not told about this node", code=error.code, reason=error.message)
-            await asyncio.sleep(REPORT_SECONDS)
+                pause = min(REPORT_SECONDS, FIRST_RETRY if pause == REPORT_SECONDS else pause * 2)
+            await asyncio.sleep(pause)
 
     async def has(self, channel: str) -> bool:
         """Whether this node is a member there; while the hub cannot be reached, whether it was when last asked."""
