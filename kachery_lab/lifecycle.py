@@ -27,6 +27,7 @@ from kachery_lab.services.blobs import BlobService
 from kachery_lab.services.buckets import BucketService
 from kachery_lab.services.certificates import CertificateService
 from kachery_lab.services.channels import ChannelService
+from kachery_lab.services.clock import SteadyClock
 from kachery_lab.services.events import Events
 from kachery_lab.services.facts import Facts
 from kachery_lab.services.federation import JoinedHub
@@ -41,6 +42,7 @@ from kachery_lab.services.nodes import NodeService
 from kachery_lab.services.offers import ChannelFinder
 from kachery_lab.services.origins import OriginService
 from kachery_lab.services.principals import OPERATOR
+from kachery_lab.services.shares import Shares
 from kachery_lab.services.stats import Stats
 from kachery_lab.services.subfeeds import REQUESTS_KEPT_MS
 from kachery_lab.services.subjects import RoleService
@@ -50,7 +52,7 @@ from kachery_lab.services.users import UserService
 from kachery_lab.services.watches import WatchService
 from kachery_lab.settings import Settings
 
-PRUNE_SECONDS = 3600.0
+PRUNE_SECONDS = 600.0
 VOLUME_ID = "volume_id"
 
 log = structlog.get_logger(__name__)
@@ -73,6 +75,7 @@ class Node:
     blobs: BlobService
     files: FileService
     feeds: FeedService
+    appends: Shares
     watches: WatchService
     mutables: MutableService
     data: AccessData
@@ -98,6 +101,7 @@ class Node:
         self._stack = ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._logs: list[LogWriter] = []
+        self._clock = SteadyClock()
         self._owner: VolumeOwner
         self.stopping = asyncio.Event()
         self.events = Events()
@@ -135,6 +139,7 @@ class Node:
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT)
+            self._clock.look()
             try:
                 await self.disk.run(self._owner.beat)
             except KacheryLabError as error:
@@ -142,14 +147,16 @@ class Node:
 
     async def _prune(self) -> None:
         while True:
+            await asyncio.sleep(PRUNE_SECONDS)
+            if not self._clock.steady:
+                continue
             before = int(time.time() * 1000) - REQUESTS_KEPT_MS
             try:
                 await self.database.write(lambda conn, at=before: feed_index.forget_requests(conn, at))  # type: ignore[misc]
                 await self.audit.prune()
                 await self.buckets.expire()
             except KacheryLabError as error:
-                log.warning("old request ids were not removed", code=error.code)
-            await asyncio.sleep(PRUNE_SECONDS)
+                log.warning("what is past its time was not removed", code=error.code)
 
     def stop(self) -> None:
         """Ask the server to stop; long polls answer at once."""

@@ -33,6 +33,7 @@ from kachery_lab.blobs.volume import (
 from kachery_lab.client.hub import HubClient
 from kachery_lab.core.ids import NodeLabel
 from kachery_lab.core.keys import derive_key
+from kachery_lab.core.rates import Rates
 from kachery_lab.core.tickets import Signer
 from kachery_lab.db import filesystem
 from kachery_lab.db.engine import Database
@@ -61,6 +62,7 @@ from kachery_lab.services.node_requests import NodeRequests
 from kachery_lab.services.nodes import NodeService
 from kachery_lab.services.offers import ChannelFinder, OwnHub
 from kachery_lab.services.origins import OriginService
+from kachery_lab.services.shares import Shares
 from kachery_lab.services.stats import Stats
 from kachery_lab.services.subjects import RoleService
 from kachery_lab.services.tokens import TokenService
@@ -71,6 +73,8 @@ from kachery_lab.settings import Settings, secret_files
 
 FEEDS_LOG = "feeds_log"
 RECORDS_LOG = "records_log"
+TICKETS_AT_ONCE = 100
+"""Seconds' worth of upload URLs that a caller may ask for at once: all messages of a long subfeed come together."""
 
 log = structlog.get_logger(__name__)
 
@@ -192,7 +196,10 @@ def _open_services(node: Node, gid: int | None, rebuild: bool) -> dict[str, int]
         own_files_only=settings.auth_group is None,
     )
     node.links = LinkService(node.store, database, policy)
-    node.blobs = BlobService(node.store, database, node.links, min_free=settings.min_free)
+    node.blobs = BlobService(
+        node.store, database, node.links, min_free=settings.min_free, max_uploads=settings.max_uploads
+    )
+    node.appends = Shares(settings.max_appends, "appends", "KACHERY_LAB_MAX_APPENDS")
     node.files = FileService(node.blobs, node.links, settings.advertised)
     node.data = AccessData(database, disk, storage.access)
     node.data.load()
@@ -211,13 +218,16 @@ def _open_services(node: Node, gid: int | None, rebuild: bool) -> dict[str, int]
     node._logs = [feeds_log, records_log]
     node.mutables = MutableService(database, records_log)
     node.audit = AuditService(database, settings.audit_days)
-    node.roles = RoleService(node.data)
+    node.tokens = TokenService(database, node.data, node.audit)
+    node.tokens.load()
+    node.roles = RoleService(node.data, node.tokens.in_force)
     node.buckets = BucketService(node.data, node.roles, database, records_log, node.blobs)
     signer = Signer(derive_key(node.identity.key, "kachery-lab/tickets/1"))
     node.origins = OriginService(database, records_log)
     node.blobs.origins = node.origins
     hub_id = node.identity.node_id
-    node.uploads = UploadService(node.data, node.roles, signer, node.blobs, node.buckets, node.origins, hub_id)
+    rates = Rates(settings.tickets_per_second, TICKETS_AT_ONCE * settings.tickets_per_second)
+    node.uploads = UploadService(node.data, node.roles, signer, node.blobs, node.buckets, node.origins, hub_id, rates)
     node.node_requests = NodeRequests(node.data, hub_id)
     node.hub = HubClient(settings.hub_url, node.identity.key) if settings.hub_url else None
     node.users = UserService(node.data, node.audit)
@@ -233,8 +243,6 @@ def _open_services(node: Node, gid: int | None, rebuild: bool) -> dict[str, int]
         node.offers.prefer(node.joined)
     node.feeds = FeedService(database, feeds_log, records_log, events, node.identity.key)
     node.watches = WatchService(database, events)
-    node.tokens = TokenService(database, node.data, node.audit)
-    node.tokens.load()
     node.access = AccessService(node.tokens, disk, storage.client_auth, gid, node.store.check_volume)
     return replayed
 

@@ -20,7 +20,7 @@ Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | Non
 MAX_DEPTH = 64
 MAX_WEIGHT = 5_000_000
 """Values in one JSON text: decoding so many takes well under a second."""
-KEY_WEIGHT = 5
+KEY_WEIGHT = 10
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*"', re.DOTALL)
 MAX_SAFE_INTEGER = 2**53
 MAX_INTEGER_DIGITS = 309

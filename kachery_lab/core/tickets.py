@@ -1,8 +1,9 @@
 """Signed, expiring permissions in URLs.
 
 A ticket names one request exactly: method, object path, size, who asked, until when. A capability names a reader: who,
-which channel, which epoch of the channel; what it opens is decided anew on each request. Both are one URL segment:
-base64url of compact JSON, a dot, base64url of HMAC-SHA256 over the kind and that JSON.
+which channel, which epoch of the channel; what it opens is decided anew on each request. Both carry what the credential
+that asked left of its subject's roles, and that credential if it can end by itself. Both are one URL segment: base64url
+of compact JSON, a dot, base64url of HMAC-SHA256 over the kind and that JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kachery_lab.core import strict_json
+from kachery_lab.core.roles import Role
 from kachery_lab.errors import Forbidden, InvalidInput
 
 SKEW_SECONDS = 60
@@ -28,7 +30,8 @@ VERSION = 1
 class Ticket:
     """Permission for one request. `expires` and `issued` in seconds since 1970, `size` in bytes or None: any size.
 
-    `principal` is the subject on whose behalf it was issued, as `kind:name`; its rights are checked again at use.
+    `principal` is the subject on whose behalf it was issued, as `kind:name`; its rights are checked again at use, and
+    give no more than `ceiling`, and nothing when the token with the id `token` is no longer in force (None: no token).
     """
 
     method: Literal["GET", "PUT"]
@@ -39,6 +42,8 @@ class Ticket:
     expires: int
     nonce: str
     size: int | None = None
+    ceiling: int = int(Role.ALL)
+    token: str | None = None
     v: int = VERSION
 
     def check(self, method: str, now: float) -> None:
@@ -54,11 +59,14 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Names a reader of one channel's bucket. Raising the channel's epoch ends every older one."""
+    """Names a reader of one channel's bucket; `ceiling` and `token` as in a ticket. Raising the channel's epoch ends
+    every older one."""
 
     principal: str
     channel: str
     epoch: int
+    ceiling: int = int(Role.ALL)
+    token: str | None = None
     v: int = VERSION
 
 

@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import delete, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import audit
@@ -22,6 +22,8 @@ MAX_DETAIL = 500
 REPEAT_SECONDS = 60.0
 """The same refusal within this time is one entry: what polls does not fill the table."""
 _REPEATS = 10_000
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +42,35 @@ class Entry:
     detail: str
 
 
+class Act:
+    """An act under way. Its entry is written with the change, in one transaction, or when the act ends without one."""
+
+    def __init__(self, actor: Principal, action: str, what: str, detail: str) -> None:
+        self._who = f"{actor.kind}:{actor.name}", actor.peer
+        self._what = action, what
+        self._notes = [detail] if detail else []
+        self.written = False
+
+    def __call__(self, text: str) -> None:
+        """Add to the detail; before the change."""
+        self._notes.append(text)
+
+    def row(self, outcome: str, message: str = "") -> dict[str, Any]:
+        """The entry as it stands now."""
+        return _row(*self._who, *self._what, outcome, "; ".join([*self._notes, *([message] if message else [])]))
+
+    def recorded(self, fn: Callable[[Connection], T]) -> Callable[[Connection], T]:
+        """`fn`, a change in a transaction, and the entry that it is done. An act has one such change."""
+
+        def run(conn: Connection) -> T:
+            result = fn(conn)
+            conn.execute(insert(audit).values(self.row("done")))
+            self.written = True
+            return result
+
+        return run
+
+
 class AuditService:
     """Writes entries; keeps them `retention_days`."""
 
@@ -49,18 +80,19 @@ class AuditService:
         self._refused: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
     @asynccontextmanager
-    async def action(
-        self, actor: Principal, action: str, what: str, detail: str = ""
-    ) -> AsyncIterator[Callable[[str], None]]:
-        """Records what the block does: `done`, or the code of the KacheryLabError that ends it, which passes on. The
-        block may add to the detail by calling what it is given."""
-        notes = [detail] if detail else []
+    async def action(self, actor: Principal, action: str, what: str, detail: str = "") -> AsyncIterator[Act]:
+        """Records what the block does: `done`, or the code of the KacheryLabError that ends it, which passes on.
+
+        A block that changes the database hands its change to `Act.recorded`, so that no kill comes between the two.
+        """
+        act = Act(actor, action, what, detail)
         try:
-            yield notes.append
+            yield act
         except KacheryLabError as error:
-            await self.record(actor, action, what, error.code, "; ".join([*notes, error.message]))
+            await self._write(act.row(error.code, error.message))
             raise
-        await self.record(actor, action, what, "done", "; ".join(notes))
+        if not act.written:
+            await self._write(act.row("done"))
 
     @asynccontextmanager
     async def refusals(self, who: str, peer: str | None, action: str, what: str) -> AsyncIterator[None]:
@@ -73,7 +105,7 @@ class AuditService:
         except Forbidden as error:
             if self._is_new((who, action, what)):
                 log.warning("refused", who=who, peer=peer, action=action, object=what, reason=error.message)
-                await self._write(who, peer, action, what, error.code, error.message)
+                await self._write(_row(who, peer, action, what, error.code, error.message))
             raise
 
     def _is_new(self, refusal: tuple[str, str, str]) -> bool:
@@ -89,18 +121,9 @@ class AuditService:
 
     async def record(self, actor: Principal, action: str, what: str, outcome: str, detail: str = "") -> None:
         """Write one entry. A database that cannot be written loses it, but not the answer; the log has it then."""
-        await self._write(f"{actor.kind}:{actor.name}", actor.peer, action, what, outcome, detail)
+        await self._write(_row(f"{actor.kind}:{actor.name}", actor.peer, action, what, outcome, detail))
 
-    async def _write(self, who: str, peer: str | None, action: str, what: str, outcome: str, detail: str) -> None:
-        row = {
-            "at": int(time.time() * 1000),
-            "principal": who,
-            "peer": peer,
-            "action": action,
-            "object": redact_text(what[:MAX_DETAIL]),
-            "outcome": outcome,
-            "detail": redact_text(detail[:MAX_DETAIL]),
-        }
+    async def _write(self, row: dict[str, Any]) -> None:
         try:
             await self._database.write(lambda conn: conn.execute(insert(audit).values(row)).rowcount)
         except KacheryLabError as error:
@@ -121,6 +144,18 @@ class AuditService:
         """Drop entries older than the retention; how many went."""
         before = int((time.time() - self.retention_days * 86400) * 1000)
         return await self._database.write(lambda conn: conn.execute(delete(audit).where(audit.c.at < before)).rowcount)
+
+
+def _row(who: str, peer: str | None, action: str, what: str, outcome: str, detail: str) -> dict[str, Any]:
+    return {
+        "at": int(time.time() * 1000),
+        "principal": who,
+        "peer": peer,
+        "action": action,
+        "object": redact_text(what[:MAX_DETAIL]),
+        "outcome": outcome,
+        "detail": redact_text(detail[:MAX_DETAIL]),
+    }
 
 
 def _entry(row: Any) -> Entry:

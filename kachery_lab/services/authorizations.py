@@ -57,7 +57,7 @@ class AuthorizationService:
     async def grant(self, actor: Principal, channel: str, kind: SubjectKind, subject: str, roles: Role) -> None:
         """Set what a subject is granted, in place of what it was. No role at all is `revoke`."""
         what = f"{channel} {kind}:{subject}"
-        async with self._audit.action(actor, "authorization.grant", what, ", ".join(role_names(roles))):
+        async with self._audit.action(actor, "authorization.grant", what, ", ".join(role_names(roles))) as act:
             self._channels.require_owner(actor, channel)
             name = self._subject(kind, subject)
             if not roles:
@@ -74,11 +74,11 @@ class AuthorizationService:
                     add_user(conn, name)
                 conn.execute(statement)
 
-            await self._data.change(change)
+            await self._data.change(act.recorded(change))
 
     async def revoke(self, actor: Principal, channel: str, kind: SubjectKind, subject: str) -> None:
         """Take away what a subject was granted. Raises NotFound."""
-        async with self._audit.action(actor, "authorization.revoke", f"{channel} {kind}:{subject}"):
+        async with self._audit.action(actor, "authorization.revoke", f"{channel} {kind}:{subject}") as act:
             self._channels.require_owner(actor, channel)
             if (channel, kind, subject) not in self._data.authorizations:
                 raise NotFound(f"{kind} {subject} has no authorization in {channel}")
@@ -87,7 +87,7 @@ class AuthorizationService:
                 authorizations.c.subject_kind == kind,
                 authorizations.c.subject == subject,
             )
-            await self._data.change(lambda conn: conn.execute(statement).rowcount)
+            await self._data.change(act.recorded(lambda conn: conn.execute(statement).rowcount))
 
     @staticmethod
     def _subject(kind: SubjectKind, subject: str) -> str:
@@ -131,7 +131,7 @@ class AuthorizationService:
         `offer` says which blobs the node provides there: `local` (default in private channels) or `uploaded`; in public
         ones `local` needs `public_local`. `shown` are passcodes.
         """
-        async with self._audit.action(actor, "membership.join", f"{channel} node:{node_id}"):
+        async with self._audit.action(actor, "membership.join", f"{channel} node:{node_id}") as act:
             self._nodes.require_speaker(actor, node_id)
             if not actor.covers(channel):
                 raise Forbidden("this token is for other channels")
@@ -155,12 +155,12 @@ class AuthorizationService:
                 conn.execute(statement)
                 _show(conn, channel, node_id, digests)
 
-            await self._data.change(change)
+            await self._data.change(act.recorded(change))
             return self._data.memberships[channel, node_id]
 
     async def leave(self, actor: Principal, channel: str, node_id: NodeId) -> None:
         """Give up a membership. The node's owner or the channel's may. Raises NotFound."""
-        async with self._audit.action(actor, "membership.leave", f"{channel} node:{node_id}"):
+        async with self._audit.action(actor, "membership.leave", f"{channel} node:{node_id}") as act:
             actor.require("admin", "channel-owner")
             node, found = self._data.nodes.get(node_id), self._data.channels.get(channel)
             owners = {node.owner if node else None, found.owner if found else None}
@@ -173,7 +173,7 @@ class AuthorizationService:
                 conn.execute(statement)
                 _show(conn, channel, node_id, [])
 
-            await self._data.change(change)
+            await self._data.change(act.recorded(change))
 
     # -- passcodes -----------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class AuthorizationService:
     ) -> tuple[Passcode, str]:
         """A passcode that grants roles to every membership that shows it, and its text, which is shown this once."""
         text = secrets.token_urlsafe(15) if passcode is None else passcode
-        async with self._audit.action(actor, "passcode.add", channel, ", ".join(role_names(roles))):
+        async with self._audit.action(actor, "passcode.add", channel, ", ".join(role_names(roles))) as act:
             self._channels.require_owner(actor, channel)
             digest = self.digest(channel, text)
             if (channel, digest) in self._data.passcodes:
@@ -205,17 +205,17 @@ class AuthorizationService:
                 raise InvalidInput("expected at least one role, and a label of at most 100 printable characters")
             row = {"channel": channel, "digest": digest, "id": secrets.token_hex(4), "label": label}
             statement = insert(passcodes).values(**row, granted=int(roles), created_at=int(time.time() * 1000))
-            await self._data.change(lambda conn: conn.execute(statement).rowcount)
+            await self._data.change(act.recorded(lambda conn: conn.execute(statement).rowcount))
             return self._data.passcodes[channel, digest], text
 
     async def remove_passcode(self, actor: Principal, channel: str, passcode_id: str) -> None:
         """End a passcode for everybody who shows it. Raises NotFound."""
-        async with self._audit.action(actor, "passcode.remove", f"{channel} {passcode_id}"):
+        async with self._audit.action(actor, "passcode.remove", f"{channel} {passcode_id}") as act:
             self._channels.require_owner(actor, channel)
             if not any(found.id == passcode_id for found in self.passcodes(actor, channel)):
                 raise NotFound(f"{channel} has no passcode {passcode_id!r}")
             statement = delete(passcodes).where(passcodes.c.channel == channel, passcodes.c.id == passcode_id)
-            await self._data.change(lambda conn: conn.execute(statement).rowcount)
+            await self._data.change(act.recorded(lambda conn: conn.execute(statement).rowcount))
 
 
 def _show(conn: Connection, channel: str, node_id: str, digests: Iterable[str]) -> None:

@@ -27,9 +27,13 @@ from kachery_lab.services import blob_index
 from kachery_lab.services.links import LinkService
 from kachery_lab.services.origins import OriginService
 from kachery_lab.services.principals import Principal
+from kachery_lab.services.shares import Shares
 
 FOUND = Principal("operator", "found on the volume")
 SMALL = 1 << 20
+MAX_UPLOADS = 200
+LOOK_BYTES = 64 << 20
+"""How much arrives between two looks at what is free."""
 """Blobs up to this many bytes are hashed on every read."""
 READ_PIECE = 2 << 20
 _KNOWN = 100_000
@@ -80,14 +84,27 @@ class Content:
             self.file.close()
 
 
+def _does_not_fit(size: int) -> StorageFull:
+    return StorageFull(f"{size} bytes do not fit on the storage", hint="Free space on the volume")
+
+
 class BlobService:
     """All use of blobs goes through here."""
 
-    def __init__(self, store: LocalBlobStore, database: Database, links: LinkService, *, min_free: int = 0) -> None:
+    def __init__(
+        self,
+        store: LocalBlobStore,
+        database: Database,
+        links: LinkService,
+        *,
+        min_free: int = 0,
+        max_uploads: int = MAX_UPLOADS,
+    ) -> None:
         self.store_on_volume = store
         self._database = database
         self._links = links
         self._min_free = min_free
+        self._uploads = Shares(max_uploads, "uploads", "KACHERY_LAB_MAX_UPLOADS")
         self.origins: OriginService | None = None
         # What is known to be indexed, with the fingerprint of the last verification: saves a query for each read.
         self._known: OrderedDict[str, Fingerprint | None] = OrderedDict()
@@ -98,14 +115,32 @@ class BlobService:
     # -- storing -------------------------------------------------------------------------------------------------
 
     async def store(self, stream: AsyncIterable[bytes | bytearray], claim: Claim, principal: Principal) -> StoredBlob:
-        """Store a stream, durable on return, its manifest too. Raises what `receive` raises; nothing is left then."""
+        """Store a stream, durable on return, its manifest too. Raises what `receive` raises, StorageFull, and
+        TooManyRequests for a caller with too many under way; nothing is left then."""
+        room = None
         if claim.size is not None and (claim.size > SMALL or self._min_free):
-            free = await self.store_on_volume.disk.run(self.store_on_volume.free_bytes)
-            if claim.size > free - self._min_free:
-                raise StorageFull(f"{claim.size} bytes do not fit on the storage", hint="Free space on the volume")
-        since = self._deletions
-        received = await receive(self.store_on_volume, stream, claim)
+            room = await self._room()
+            if claim.size > room:
+                raise _does_not_fit(claim.size)
+        with self._uploads.take(principal.share, claim.size or 0, room):
+            since = self._deletions
+            guarded = self._leaving_room(stream) if self._min_free else stream
+            received = await receive(self.store_on_volume, guarded, claim)
         return await self._index(received, principal, since)
+
+    async def _room(self) -> int:
+        return await self.store_on_volume.disk.run(self.store_on_volume.free_bytes) - self._min_free
+
+    async def _leaving_room(self, stream: AsyncIterable[bytes | bytearray]) -> AsyncIterator[bytes | bytearray]:
+        """What comes without a size, or beside others, does not take what is to stay free. Raises StorageFull."""
+        unseen = 0
+        async for piece in stream:
+            unseen += len(piece)
+            if unseen >= LOOK_BYTES:
+                if await self._room() < unseen:
+                    raise _does_not_fit(unseen)
+                unseen = 0
+            yield piece
 
     async def store_bytes(self, data: bytes, principal: Principal) -> StoredBlob:
         """Store bytes that the server itself made."""

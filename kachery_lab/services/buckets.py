@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.blobs import BlobService, Content
 from kachery_lab.services.logs import LogWriter, to_line
 from kachery_lab.services.subjects import RoleService, Subject
+
+Change = Callable[[Connection], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,11 @@ class BucketService:
         if not await self._database.read(fits):
             raise _full(channel, limit)
 
-    async def forget(self, channel: str, path: ObjectPath, by: Subject) -> None:
-        """Delete an object in a channel: the reference goes, a tombstone stays, the bytes are not touched."""
+    async def forget(
+        self, channel: str, path: ObjectPath, by: Subject, *, recorded: Callable[[Change], Change] = lambda fn: fn
+    ) -> None:
+        """Delete an object in a channel: the reference goes, a tombstone stays, the bytes are not touched. `recorded`
+        adds to the transaction. Raises NotFound."""
         if await self.find(channel, path.text) is None:
             raise NotFound("there is no such object in this channel")
         record = {
@@ -157,7 +163,7 @@ class BucketService:
             "by": str(by),
             "at": int(time.time() * 1000),
         }
-        await self._log.append([to_line(record)], lambda conn: apply_delete(conn, record))
+        await self._log.append([to_line(record)], recorded(lambda conn: apply_delete(conn, record)))
 
     async def clear(self, channel: str, *, on_demand_only: bool) -> None:
         """Drop all references of a channel, or those that were made on demand: it is removed, or becomes public."""

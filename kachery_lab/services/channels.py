@@ -78,9 +78,10 @@ class ChannelService:
 
     async def remove_object(self, actor: Principal, name: str, path: str) -> None:
         """Delete an object in this channel; a tombstone stays, the bytes are not touched. Raises NotFound."""
-        async with self._audit.action(actor, "object.delete", f"{name}/{path}"):
+        async with self._audit.action(actor, "object.delete", f"{name}/{path}") as act:
             self.require_owner(actor, name)
-            await self._buckets.forget(name, ObjectPath.parse(path), Subject("user", actor.owner_name))
+            by = Subject("user", actor.owner_name)
+            await self._buckets.forget(name, ObjectPath.parse(path), by, recorded=act.recorded)
 
     # -- changing ------------------------------------------------------------------------------------------------
 
@@ -89,14 +90,15 @@ class ChannelService:
     ) -> Channel:
         """A new channel; the caller owns it unless an admin names another owner. Raises Conflict for a taken name."""
         owner = owner or UserName(actor.owner_name)
-        async with self._audit.action(actor, "channel.create", name, f"owner {owner}"):
+        async with self._audit.action(actor, "channel.create", name, f"owner {owner}") as act:
             actor.require("admin", "channel-owner")
             if not actor.may("admin") and (owner != actor.name or not actor.covers(name)):
                 raise Forbidden("only an admin makes channels for others")
             if name in self._data.channels:
                 raise Conflict(f"there is a channel {name!r} already")
             _check_limits(limits)
-            await self._data.change(lambda conn: self.insert(conn, name, owner, public=public, **limits))
+            make = act.recorded(lambda conn: self.insert(conn, name, owner, public=public, **limits))
+            await self._data.change(make)
             return self._data.channels[name]
 
     def insert(self, conn: Connection, name: str, owner: str, *, public: bool, **limits: Any) -> None:
@@ -137,7 +139,7 @@ class ChannelService:
         """Change `owner`, `public`, `public_local` or limits (None: no limit). Making a channel public drops what was
         only offered on demand and turns `local` offers into `uploaded`, unless `public_local` is set with it. Raises
         InvalidInput, Forbidden, NotFound."""
-        async with self._audit.action(actor, "channel.update", name, ", ".join(sorted(changes))):
+        async with self._audit.action(actor, "channel.update", name, ", ".join(sorted(changes))) as act:
             channel = self.require_owner(actor, name)
             _check_limits({key: value for key, value in changes.items() if key in LIMITS})
             for key in ("public", "public_local"):
@@ -160,18 +162,18 @@ class ChannelService:
                 if values:
                     conn.execute(update(channels).where(channels.c.name == name).values(**values))
 
-            await self._data.change(change)
+            await self._data.change(act.recorded(change))
             return self._data.channel(name)
 
     async def remove(self, actor: Principal, name: str) -> None:
         """Remove a channel with its memberships, rights and references. Blobs that something else refers to stay."""
-        async with self._audit.action(actor, "channel.remove", name):
+        async with self._audit.action(actor, "channel.remove", name) as act:
             self.require_owner(actor, name)
             if name == DEFAULT:
                 raise Conflict("the channel `default` stays", hint="Take away its authorizations instead")
             await self._buckets.clear(name, on_demand_only=False)
             statement = delete(channels).where(channels.c.name == name)
-            await self._data.change(lambda conn: conn.execute(statement).rowcount)
+            await self._data.change(act.recorded(lambda conn: conn.execute(statement).rowcount))
 
 
 def _check_limits(limits: dict[str, Any]) -> None:

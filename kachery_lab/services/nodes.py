@@ -12,7 +12,7 @@ from kachery_lab.core.keys import PublicKey
 from kachery_lab.db.models import authorizations, nodes
 from kachery_lab.errors import Conflict, Forbidden, NotFound
 from kachery_lab.services.access_data import AccessData, NodeRecord
-from kachery_lab.services.audit import AuditService
+from kachery_lab.services.audit import Act, AuditService
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.users import add_user
 
@@ -66,7 +66,7 @@ class NodeService:
 
     async def add(self, actor: Principal, node_id: NodeId, owner: UserName, label: NodeLabel) -> NodeRecord:
         """Register a node, approved. An owner may add nodes of their own. Raises Conflict when another owner has it."""
-        async with self._audit.action(actor, "node.add", node_id, f"owner {owner}"):
+        async with self._audit.action(actor, "node.add", node_id, f"owner {owner}") as act:
             actor.require("admin", "channel-owner")
             _require_wide(actor)
             if not actor.may("admin") and owner != actor.name:
@@ -75,10 +75,12 @@ class NodeService:
             known = self._data.nodes.get(node_id)
             if known is not None and (known.approved_at is not None or not actor.may("admin")):
                 raise Conflict(f"the node {node_id} is registered already")
-            await self._put(node_id, owner, label, approved=True)
+            await self._put(node_id, owner, label, approved=True, act=act)
             return self._data.nodes[node_id]
 
-    async def _put(self, node_id: NodeId, owner: UserName, label: NodeLabel, *, approved: bool) -> None:
+    async def _put(
+        self, node_id: NodeId, owner: UserName, label: NodeLabel, *, approved: bool, act: Act | None = None
+    ) -> None:
         now = int(time.time() * 1000)
         row = {"owner": owner, "label": label, "approved_at": now if approved else None}
         statement = insert(nodes).values(node_id=node_id, created_at=now, **row)
@@ -88,7 +90,7 @@ class NodeService:
             add_user(conn, owner)
             conn.execute(statement)
 
-        await self._data.change(put)
+        await self._data.change(put if act is None else act.recorded(put))
 
     async def ensure_own(self, node_id: NodeId, owner: UserName, label: NodeLabel) -> None:
         """Register this server's own node with its own hub, at start."""
@@ -118,11 +120,11 @@ class NodeService:
 
     async def approve(self, actor: Principal, node_id: NodeId) -> NodeRecord:
         """Let a waiting node in. Approving again changes nothing."""
-        async with self._audit.action(actor, "node.approve", node_id):
+        async with self._audit.action(actor, "node.approve", node_id) as act:
             actor.require("admin")
             node = self.get(actor, node_id)
             if node.approved_at is None:
-                await self._put(node_id, UserName(node.owner), NodeLabel(node.label), approved=True)
+                await self._put(node_id, UserName(node.owner), NodeLabel(node.label), approved=True, act=act)
             return self._record(node_id)
 
     async def update(
@@ -132,7 +134,7 @@ class NodeService:
         values = {"owner": owner, "label": label}
         values = {key: value for key, value in values.items() if value is not None}
         detail = ", ".join(f"{key} {value}" for key, value in values.items())
-        async with self._audit.action(actor, "node.update", node_id, detail):
+        async with self._audit.action(actor, "node.update", node_id, detail) as act:
             node = self._require_changer(actor, node_id)
             if owner is not None and owner != node.owner and not actor.may("admin"):
                 raise Forbidden("only an admin gives a node another owner")
@@ -143,12 +145,12 @@ class NodeService:
                 if values:
                     conn.execute(update(nodes).where(nodes.c.node_id == node_id).values(**values))
 
-            await self._data.change(change)
+            await self._data.change(act.recorded(change))
             return self._record(node_id)
 
     async def remove(self, actor: Principal, node_id: NodeId) -> None:
         """Remove a node with its memberships and authorizations. Blobs stay. Raises Conflict for the server's own."""
-        async with self._audit.action(actor, "node.remove", node_id):
+        async with self._audit.action(actor, "node.remove", node_id) as act:
             self._require_changer(actor, node_id)
             if node_id == self._own:
                 raise Conflict("this server's own node stays", hint="Take away its authorizations instead")
@@ -156,7 +158,12 @@ class NodeService:
                 authorizations.c.subject_kind == "node", authorizations.c.subject == node_id
             )
             remove = delete(nodes).where(nodes.c.node_id == node_id)
-            await self._data.change(lambda conn: (conn.execute(grants).rowcount, conn.execute(remove).rowcount)[1])
+
+            def change(conn: Connection) -> None:
+                conn.execute(grants)
+                conn.execute(remove)
+
+            await self._data.change(act.recorded(change))
 
 
 def _require_wide(actor: Principal) -> None:

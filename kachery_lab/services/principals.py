@@ -17,7 +17,7 @@ class Principal:
 
     `local` holds the code from `client-auth`, `browser` one of the additional codes, `user` a token, and `operator`
     reached the admin socket, which only the server's own user can open. `peer` is the network address, if any.
-    `channels` narrows a token to these channels; None: all.
+    `channels` narrows a token to these channels; None: all. `token` is the id of a `user`'s token.
     """
 
     kind: Kind
@@ -25,10 +25,21 @@ class Principal:
     scopes: frozenset[str] = field(default_factory=frozenset)
     peer: str | None = None
     channels: frozenset[str] | None = None
+    token: str | None = None
 
     def covers(self, channel: str) -> bool:
         """Whether the credential reaches a channel at all."""
         return self.channels is None or channel in self.channels
+
+    @property
+    def share(self) -> str | None:
+        """Whose part of this server's capacity a request takes; None: the server's own work."""
+        if self.kind == "user":
+            return f"user {self.name}"
+        if self.kind == "operator":
+            # Who holds a ticket stores as the subject that it was issued to.
+            return self.name if self.name.startswith(("node:", "user:", "client:")) else None
+        return f"{self.kind} client at {self.peer}"
 
     @property
     def owner_name(self) -> str:

@@ -18,7 +18,7 @@ from kachery_lab.db.engine import Database
 from kachery_lab.db.models import tokens, users
 from kachery_lab.errors import Conflict, InvalidInput, NotFound
 from kachery_lab.services.access_data import AccessData
-from kachery_lab.services.audit import AuditService
+from kachery_lab.services.audit import Act, AuditService
 from kachery_lab.services.principals import SCOPES, Principal
 
 PREFIX = "klk_"
@@ -83,11 +83,21 @@ class TokenService:
         self._audit = audit
         data.listeners.append(self._forget_removed_users)
         self._by_hash: dict[str, Token] = {}
+        self._hash_of: dict[str, str] = {}
 
     def load(self) -> None:
         """Blocking: read the table, once, at start."""
         rows = self._database.read_sync(lambda conn: conn.execute(select(tokens)).all())
-        self._by_hash = {row.token_hash: _token(row) for row in rows}
+        self._keep({row.token_hash: _token(row) for row in rows})
+
+    def _keep(self, by_hash: dict[str, Token]) -> None:
+        self._by_hash = by_hash
+        self._hash_of = {token.id: key for key, token in by_hash.items()}
+
+    def in_force(self, token_id: str) -> bool:
+        """Whether a token, by its id, opens anything now: what was made with it ends with it."""
+        token = self._by_hash.get(self._hash_of.get(token_id, ""))
+        return token is not None and token.in_force(_now())
 
     def find(self, secret: str) -> Token | None:
         """The token in force with this secret. The look-up is by hash, so its time tells nothing of the secret."""
@@ -106,19 +116,18 @@ class TokenService:
         """A new token and its secret, which is shown this once. The user is made when absent. `channels`: a list of the
         only ones that it reaches, for scopes that are about channels. Raises Forbidden, InvalidInput."""
         secret = new_secret()
-        async with self._audit.action(actor, "token.create", user) as note:
+        async with self._audit.action(actor, "token.create", user) as act:
             actor.require("admin")
             known, narrowed = parse_scopes(scopes), parse_channels(channels)
             if narrowed is not None and (wide := [scope for scope in known if scope in _UNCUT]):
                 raise InvalidInput(f"a token with the scope {wide[0]} cannot be narrowed to channels")
             if expires_at is not None and not _now() < expires_at <= MAX_SAFE_INTEGER:
                 raise InvalidInput("expiresAt: expected a time in the future, in ms since 1970")
-            token = await self._add(user, known, label, expires_at, secret, narrowed)
-            note(f"{token.id}: {' '.join(known)}")
+            token = await self._add(user, known, label, expires_at, secret, narrowed, act)
         return token, secret
 
     def _forget_removed_users(self) -> None:
-        self._by_hash = {key: token for key, token in self._by_hash.items() if token.user in self._data.users}
+        self._keep({key: token for key, token in self._by_hash.items() if token.user in self._data.users})
 
     async def ensure_admin(self, secret: str) -> None:
         """Make a given secret an admin token, unless it is one."""
@@ -139,6 +148,7 @@ class TokenService:
         expires_at: int | None,
         secret: str,
         channels: frozenset[str] | None = None,
+        act: Act | None = None,
     ) -> Token:
         if len(label) > 100 or not label.isprintable():
             raise InvalidInput("label: expected at most 100 printable characters")
@@ -158,8 +168,11 @@ class TokenService:
             conn.execute(insert(users).values(name=user, created_at=token.created_at).on_conflict_do_nothing())
             conn.execute(insert(tokens).values(row))
 
-        await self._data.change(add)
+        if act is not None:
+            act(f"{token.id}: {' '.join(scopes)}")
+        await self._data.change(add if act is None else act.recorded(add))
         self._by_hash[row["token_hash"]] = token
+        self._hash_of[token.id] = row["token_hash"]
         return token
 
     def list(self, actor: Principal) -> list[Token]:
@@ -173,29 +186,33 @@ class TokenService:
 
     async def revoke(self, actor: Principal, token_id: str) -> Token:
         """End a token now. Raises Forbidden, NotFound, Conflict when it was revoked before."""
-        async with self._audit.action(actor, "token.revoke", token_id) as note:
+        async with self._audit.action(actor, "token.revoke", token_id) as act:
             key, token = self._find(actor, token_id)
-            note(f"of {token.user}")
+            act(f"of {token.user}")
             if token.revoked_at is not None:
                 raise Conflict(f"the token {token_id} was revoked before")
             now = _now()
             statement = update(tokens).where(tokens.c.id == token_id, tokens.c.revoked_at.is_(None))
-            if not await self._data.change(lambda conn: conn.execute(statement.values(revoked_at=now)).rowcount):
-                raise Conflict(f"the token {token_id} was revoked meanwhile")
+
+            def end(conn: Connection) -> None:
+                if not conn.execute(statement.values(revoked_at=now)).rowcount:
+                    raise Conflict(f"the token {token_id} was revoked meanwhile")
+
+            await self._data.change(act.recorded(end))
             self._by_hash[key] = replace(token, revoked_at=now)
             return self._by_hash[key]
 
     def _find(self, actor: Principal, token_id: str) -> tuple[str, Token]:
         actor.require("admin")
-        found = next(((key, token) for key, token in self._by_hash.items() if token.id == token_id), None)
-        if found is None:
+        key = self._hash_of.get(token_id)
+        if key is None:
             raise NotFound(f"there is no token {token_id!r}", hint="`kachery-lab token list` shows the ids")
-        return found
+        return key, self._by_hash[key]
 
 
 def principal(token: Token, peer: str | None) -> Principal:
     """The caller that a token makes."""
-    return Principal("user", token.user, frozenset(token.scopes), peer, token.channels)
+    return Principal("user", token.user, frozenset(token.scopes), peer, token.channels, token.id)
 
 
 def _token(row: Row[Any]) -> Token:

@@ -7,13 +7,17 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterable
+from dataclasses import replace
+from time import monotonic
 
 from kachery_lab.core.canonical_json import loads_2021
 from kachery_lab.core.feeds import accept_chain, parse_signed_message
 from kachery_lab.core.ids import NodeId, Sha1
 from kachery_lab.core.objects import ObjectPath, file_path
+from kachery_lab.core.rates import Rates
+from kachery_lab.core.roles import Role
 from kachery_lab.core.tickets import PUT_SECONDS, Capability, Signer, Ticket
-from kachery_lab.errors import Conflict, ContentMismatch, Forbidden, InvalidInput, TooLarge
+from kachery_lab.errors import Conflict, ContentMismatch, Forbidden, InvalidInput, TooLarge, TooManyRequests
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.blobs import BlobService, Claim
 from kachery_lab.services.buckets import BucketService
@@ -38,6 +42,7 @@ class UploadService:
         buckets: BucketService,
         origins: OriginService,
         hub_id: NodeId,
+        rates: Rates,
     ) -> None:
         self._data = data
         self._roles = roles
@@ -46,17 +51,25 @@ class UploadService:
         self._buckets = buckets
         self._origins = origins
         self._hub_id = hub_id
+        self._rates = rates
 
     # -- permissions in URLs -------------------------------------------------------------------------------------
 
     def issue(self, channel: str, path: ObjectPath, size: int | None, owner: Subject) -> str:
         """The URL segment of an upload ticket, good for one hour. Raises Forbidden naming role and channel, NotFound,
-        TooLarge over the channel's limits."""
+        TooLarge over the channel's limits, TooManyRequests."""
         self._roles.require(owner, channel, path.provide)
         self._check_size(channel, path, size)
+        wait = self._rates.wait(str(owner), monotonic())
+        if wait:
+            raise TooManyRequests(
+                f"{owner} asks for too many upload URLs",
+                retry_after=int(wait) + 1,
+                hint="Wait; KACHERY_LAB_TICKETS_PER_SECOND sets how many it gets",
+            )
         now = int(time.time())
         ticket = Ticket("PUT", channel, path.text, str(owner), now, now + PUT_SECONDS, secrets.token_hex(8), size)
-        return self._signer.ticket(ticket)
+        return self._signer.ticket(replace(ticket, ceiling=int(owner.ceiling), token=owner.token))
 
     def _check_size(self, channel: str, path: ObjectPath, size: int | None) -> None:
         limit = self._data.channel(channel).max_object_bytes
@@ -66,8 +79,12 @@ class UploadService:
             raise TooLarge(f"{size} bytes are more than the {limit} that an object of {channel} may have")
 
     def capability(self, channel: str, reader: Subject) -> str:
-        """The URL segment that lets a reader into a private bucket, as far as its roles reach at each use."""
-        return self._signer.capability(Capability(str(reader), channel, self._data.channel(channel).epoch))
+        """The URL segment that lets a reader into a private bucket, as far as its roles reach at each use. Raises
+        Forbidden for a reader whose credential does not reach the channel, NotFound."""
+        if reader.channels is not None and channel not in reader.channels:
+            raise Forbidden(f"this credential does not reach the channel {channel}")
+        epoch = self._data.channel(channel).epoch
+        return self._signer.capability(Capability(str(reader), channel, epoch, int(reader.ceiling), reader.token))
 
     def reader(self, text: str, channel: str) -> Subject:
         """Who reads with a capability. Raises Forbidden when it is not one of this channel, or of an older epoch."""
@@ -75,14 +92,14 @@ class UploadService:
         known = self._data.channels.get(channel)
         if known is None or found.channel != channel or found.epoch != known.epoch:
             raise Forbidden("this address is no longer good", hint="Ask the hub for the bucket's address again")
-        return Subject.parse(found.principal)
+        return _bound(found)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def holder(self, segment: str) -> tuple[Subject, str]:
         """On whose behalf an upload ticket was issued, and for which channel. Raises Forbidden for a forged one."""
         ticket = self._signer.open_ticket(segment)
-        return Subject.parse(ticket.principal), ticket.channel
+        return _bound(ticket), ticket.channel
 
     async def adopt(self, channel: str, sha1: Sha1, size: int, owner: Subject) -> bool:
         """Put a file that is here already into a bucket; whether the reference is new. Raises what `issue` raises,
@@ -101,7 +118,7 @@ class UploadService:
         ticket = self._signer.open_ticket(segment)
         ticket.check("PUT", time.time())
         path = ObjectPath.parse(ticket.path)
-        owner = Subject.parse(ticket.principal)
+        owner = _bound(ticket)
         self._roles.require(owner, ticket.channel, path.provide)
         expected = ticket.size if ticket.size is not None else size
         if size is not None and ticket.size is not None and size != ticket.size:
@@ -167,6 +184,12 @@ class UploadService:
             raise ContentMismatch(error.message) from error
         if len(accepted) != 1:
             raise ContentMismatch(f"the message is not number {path.position} of its subfeed")
+
+
+def _bound(permission: Ticket | Capability) -> Subject:
+    """On whose behalf it was issued, with what that credential left of the subject's roles, in its channel only."""
+    only = frozenset({permission.channel})
+    return Subject.parse(permission.principal, Role(permission.ceiling), only, permission.token)
 
 
 async def _gather(stream: AsyncIterable[bytes], limit: int) -> bytes:

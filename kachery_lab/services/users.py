@@ -41,15 +41,15 @@ class UserService:
 
     async def create(self, actor: Principal, name: UserName) -> None:
         """Raises Forbidden, Conflict when the user is there."""
-        async with self._audit.action(actor, "user.create", name):
+        async with self._audit.action(actor, "user.create", name) as act:
             actor.require("admin")
             if name in self._data.users:
                 raise Conflict(f"there is a user {name!r} already")
-            await self._data.change(lambda conn: add_user(conn, name))
+            await self._data.change(act.recorded(lambda conn: add_user(conn, name)))
 
     async def remove(self, actor: Principal, name: str) -> None:
         """Remove a user with its tokens and authorizations. Raises Conflict while it owns nodes or channels."""
-        async with self._audit.action(actor, "user.remove", name):
+        async with self._audit.action(actor, "user.remove", name) as act:
             self.get(actor, name)
             owned = [f"channel {c.name}" for c in self._data.channels.values() if c.owner == name]
             owned += [f"node {n.node_id}" for n in self._data.nodes.values() if n.owner == name]
@@ -65,4 +65,4 @@ class UserService:
                 )
                 conn.execute(delete(users).where(users.c.name == name))
 
-            await self._data.change(remove)
+            await self._data.change(act.recorded(remove))

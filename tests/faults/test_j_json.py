@@ -306,6 +306,13 @@ def test_depth_is_capped_before_parsing(node: RunningNode) -> None:
     report("J3 depth", trials, slowest_ms=round(slowest * 1000), server_errors=0)
 
 
+def cpu_seconds(node: RunningNode) -> float:
+    """What the server has used so far."""
+    assert node.process is not None
+    fields = Path(f"/proc/{node.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def same_hash_keys(count: int) -> bytes:
     """Keys that a table without a secret would put into one place: their polynomial hash is one number."""
     pairs = (b"Aa", b"BB")
@@ -320,6 +327,7 @@ def test_many_keys_and_large_bodies_take_bounded_time_and_memory(node: RunningNo
     figures: dict[str, float] = {}
     cases = {
         "1e6 keys": b"{" + b",".join(b'"%d":%d' % (number, number) for number in range(1_000_000)) + b"}",
+        "450,000 keys": b"{" + b",".join(b'"%d":%d' % (number, number) for number in range(450_000)) + b"}",
         "colliding keys": same_hash_keys(200_000),
         "1e6 numbers": b"[" + b",".join([b"0"] * 1_000_000) + b"]",
         "1e6 duplicate keys": b"{" + b",".join([b'"a":1'] * 1_000_000) + b"}",
@@ -328,7 +336,7 @@ def test_many_keys_and_large_bodies_take_bounded_time_and_memory(node: RunningNo
         "20 MB of digits": b"1" * 20_000_000,
         "20 MB of spaces": b" " * 20_000_000 + b"1",
     }
-    slowest_live = 0.0
+    slowest_live = blocked = 0.0
     for name, value in cases.items():
         answers: list[Answer] = []
         begun = time.monotonic()
@@ -339,17 +347,27 @@ def test_many_keys_and_large_bodies_take_bounded_time_and_memory(node: RunningNo
         )
         sender.start()
         while sender.is_alive():
-            asked = time.monotonic()
+            asked, used = time.monotonic(), cpu_seconds(node)
             assert node.request("GET", "/livez", auth=False).status == 200
-            slowest_live = max(slowest_live, time.monotonic() - asked)
+            waited = time.monotonic() - asked
+            slowest_live = max(slowest_live, waited)
+            # Of a machine that others use as well, what the server itself did meanwhile is its part of the wait.
+            blocked = max(blocked, min(waited, cpu_seconds(node) - used))
             sender.join(0.02)
         figures[name] = round(time.monotonic() - begun, 2)
         assert answers[0].status in (400, 413), (name, answers[0].body)
     growth = memory(node, "VmHWM") - before
-    report("J3 size", len(cases), seconds=figures, peak_growth_mb=growth >> 20, livez_ms=round(slowest_live * 1000))
+    report(
+        "J3 size",
+        len(cases),
+        seconds=figures,
+        peak_growth_mb=growth >> 20,
+        livez_ms=round(slowest_live * 1000),
+        livez_own_ms=round(blocked * 1000),
+    )
     assert max(figures.values()) < 20
-    # Half a second on an idle machine: the decoder does not let go of the interpreter within one object.
-    assert slowest_live < 2
+    # A quarter of a second on an idle machine: the decoder does not let go of the interpreter within one object.
+    assert blocked < 1
     # A decoded million of keys is about ten times its text; the text and one copy of it come on top.
     assert growth < 600 << 20
 

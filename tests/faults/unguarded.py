@@ -1,22 +1,25 @@
 """Runs a `kachery-lab` command with one guard replaced by a no-op: the positive control of a fault test.
 
-A command prefix: `python unguarded.py GUARD python -m kachery_lab.cli start`. The production code has no switch for
-any of this; everything here replaces one function of the imported program.
+A command prefix: `python unguarded.py GUARD[,GUARD] python -m kachery_lab.cli start`. The production code has no switch
+for any of this; everything here replaces one function of the imported program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-from kachery_lab import cli
+from kachery_lab import cli, lifecycle
 from kachery_lab.blobs import disk, links, local, receive
-from kachery_lab.core import ids, strict_json
-from kachery_lab.errors import NotFound, Unavailable
-from kachery_lab.services import access, blobs, logs, subfeeds
+from kachery_lab.core import ids, rates, strict_json
+from kachery_lab.errors import Conflict, NotFound, Unavailable
+from kachery_lab.services import access, access_data, audit, blobs, clock, logs, node_requests, shares, subfeeds
 from kachery_lab.services import links as link_service
 
 
@@ -157,6 +160,55 @@ def log_codes() -> None:
     access.AccessService.by_code = by_code
 
 
+def killed_after_change() -> None:
+    """No guard but a moment: once the file KILL_AFTER_CHANGE is there, the next change of access data is the last."""
+    before = access_data.AccessData.change
+
+    async def change(self: Any, fn: Any) -> Any:
+        result = await before(self, fn)
+        if os.path.exists(os.environ["KILL_AFTER_CHANGE"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    access_data.AccessData.change = change
+
+
+def audit_afterwards() -> None:
+    """The audit's entry is a transaction of its own, after the change."""
+    audit.Act.recorded = lambda self, fn: fn
+
+
+def prune_often() -> None:
+    """No guard but a pace: what is past its time goes several times in a second."""
+    lifecycle.PRUNE_SECONDS = 0.2
+
+
+def any_clock() -> None:
+    """O4: the time of day is believed at once."""
+    clock.STEADY_SECONDS = 0.0
+
+
+def nonces_by_clock() -> None:
+    """O4: nonces are forgotten by the time of day."""
+
+    def use(self: Any, node_id: str, nonce: str, timestamp: int) -> None:
+        now = time.time()
+        for known, (at, _) in list(self._nonces.items()):
+            if at < now - 2 * node_requests.WINDOW_SECONDS:
+                del self._nonces[known]
+        if (node_id, nonce) in self._nonces:
+            raise Conflict("this request was sent before")
+        self._nonces[node_id, nonce] = (now, timestamp)
+
+    node_requests.NodeRequests._use = use
+
+
+def no_shares() -> None:
+    """S14: whoever comes first takes all."""
+    shares.Shares.take = lambda self, who, size=0, room=None: contextlib.nullcontext()
+    rates.Rates.wait = lambda self, name, now: 0.0
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -176,12 +228,19 @@ GUARDS: dict[str, Callable[[], None]] = {
         naive_links,
         any_link,
         log_codes,
+        killed_after_change,
+        audit_afterwards,
+        prune_often,
+        any_clock,
+        nonces_by_clock,
+        no_shares,
     )
 }
 
 
 if __name__ == "__main__":
     guard, rest = sys.argv[1], sys.argv[2:]
-    GUARDS[guard]()
+    for one in guard.split(","):
+        GUARDS[one]()
     sys.argv = ["kachery-lab", *rest[rest.index("kachery_lab.cli") + 1 :]]
     cli.main()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import insert
 
-from kachery_lab.core.ids import UserName
+from kachery_lab.core.ids import ChannelName, Sha1, UserName
 from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.roles import Role
 from kachery_lab.db import models
@@ -41,12 +43,63 @@ async def fill(node: Node) -> dict[str, str]:
     stored = await node.blobs.store_bytes(b"abc", LOCAL)
     path = ObjectPath.parse(file_path(stored.sha1))
     await node.buckets.refer(RECORDINGS, path, stored.sha1, 3, Subject("user", "ann"), label="tone")
+    await fill_buckets(node)
     return {"token": token, "revoked": revoked, "passcode": passcode}
 
 
+async def fill_buckets(node: Node) -> None:
+    """References of several kinds, principals and labels; replaced, deleted, and of a channel that was made twice."""
+    ann, ben, rig = Subject("user", "ann"), Subject("user", "ben"), Subject("node", OTHER)
+    await node.authorizations.grant(BEN, TRACKING, "node", OTHER, Role.ALL)
+    await node.authorizations.join(BEN, TRACKING, OTHER)
+
+    async def refer(channel: str, path: str, data: bytes, owner: Subject, **more: Any) -> ObjectPath:
+        stored = await node.blobs.store_bytes(data, LOCAL)
+        parsed = ObjectPath.parse(path or file_path(stored.sha1))
+        await node.buckets.refer(channel, parsed, stored.sha1, stored.size, owner, **more)
+        return parsed
+
+    await refer(TRACKING, "", b"abc", ben, label="the same bytes, ü")
+    await refer(TRACKING, "", b"by a node", rig)
+    await refer(TRACKING, "", b"asked for", rig, on_demand=True)
+    count = "feeds/" + "/".join(("ab", "ab", "ab", "ab" * 32, "subfeeds", "cd", "cd", "cd", "cd" * 20, "subfeed.json"))
+    for number in (1, 2):
+        await refer(TRACKING, count, b'{"messageCount":%d}' % number, ben)
+    await node.buckets.forget(RECORDINGS, await refer(RECORDINGS, "", b"deleted", ann), ann)
+    again = await refer(RECORDINGS, "", b"deleted and back", ann)
+    await node.buckets.forget(RECORDINGS, again, ann)
+    await refer(RECORDINGS, "", b"deleted and back", ann, label="back")
+    twice = ChannelName("made-twice")
+    for data in (b"of the first", b"of the second"):
+        await node.channels.create(ANN, twice)
+        await refer(twice, "", data, ann)
+        if data == b"of the first":
+            await node.channels.remove(ANN, twice)
+
+
+async def read_all(node: Node) -> dict[str, bytes]:
+    """What the owners read in the buckets."""
+    found = {}
+    for channel, owner in ((RECORDINGS, "ann"), (TRACKING, "ben"), ("made-twice", "ann")):
+        for one in await node.buckets.list(channel, "", 100):
+            _, content = await node.buckets.open(channel, ObjectPath.parse(one.path), Subject("user", owner))
+            found[f"{channel}/{one.path}"] = b"".join([piece async for piece in content.read(0, content.size)])
+            content.close()
+    return found
+
+
 async def state(node: Node) -> dict[str, Any]:
-    """All that access data decides."""
-    found = await node.buckets.list(RECORDINGS, "", 10)
+    """All that access data decides, and every field of every reference."""
+    names = (RECORDINGS, TRACKING, "made-twice")
+    found = [one for name in names for one in await node.buckets.list(name, "", 100)]
+    deleted = ObjectPath.parse(file_path(Sha1(hashlib.sha1(b"deleted").hexdigest())))
+    try:
+        await node.buckets.refer(
+            RECORDINGS, deleted, Sha1(deleted.text[-40:]), 7, Subject("user", "ann"), on_demand=True
+        )
+        gone = False
+    except NotFound:
+        gone = True
     return {
         "tables": await node.database.read(dump),
         "roles": [
@@ -56,7 +109,10 @@ async def state(node: Node) -> dict[str, Any]:
             node.data.node_roles(TRACKING, OTHER),
         ],
         "resource": node.channels.resource_key(node.data.channel(RECORDINGS)).seed_hex(),
-        "objects": [(one.path, one.sha1, one.size, one.label, one.principal, one.stored_at) for one in found],
+        "objects": found,
+        "bytes": await read_all(node),
+        "used": [await node.buckets.used(name) for name in names],
+        "deleted stays deleted": gone,
     }
 
 
@@ -104,14 +160,42 @@ def test_reindex_restores_everything(tmp_path: Path) -> None:
         return await state(node)
 
     secrets, expected = run_on(tmp_path, before)
-    assert expected["roles"] == [Role.REQUEST_FEEDS | Role.REQUEST_TASKS, Role.REQUEST_FILES, Role.ALL, Role.NONE]
-    assert len(expected["objects"]) == 1
+    assert expected["roles"] == [Role.REQUEST_FEEDS | Role.REQUEST_TASKS, Role.REQUEST_FILES, Role.ALL, Role.ALL]
+    kinds = {(one.label, one.principal, one.on_demand) for one in expected["objects"]}
+    assert kinds == {
+        ("tone", "user:ann", False),
+        ("back", "user:ann", False),
+        ("the same bytes, ü", "user:ben", False),
+        ("", "user:ben", False),
+        ("", f"node:{OTHER}", False),
+        ("", f"node:{OTHER}", True),
+        ("", "user:ann", False),
+    }
+    assert expected["deleted stays deleted"] is True
+    assert b"of the first" not in expected["bytes"].values()
     for file in (tmp_path / "metadata").glob("*.db*"):
         file.unlink()
     with pytest.raises(StartRefused, match="reindex"):
         run_on(tmp_path, after)
     run_on(tmp_path, rebuild, start=False, rebuild=True)
     assert run_on(tmp_path, after) == expected
+
+
+def test_without_the_records_log_no_reference_is_known(tmp_path: Path) -> None:
+    """Positive control: it is the log that references come from."""
+
+    async def before(node: Node) -> int:
+        await fill(node)
+        return len(await node.buckets.list(TRACKING, "", 100))
+
+    async def after(node: Node) -> tuple[int, bool]:
+        return len(await node.buckets.list(TRACKING, "", 100)), "ann" in node.data.users
+
+    assert run_on(tmp_path, before) == 4
+    for file in (tmp_path / "metadata").glob("*.db*"):
+        file.unlink()
+    shutil.rmtree(tmp_path / "storage" / "records-log")
+    assert run_on(tmp_path, after, start=False, rebuild=True) == (0, True)
 
 
 def test_without_the_copy_nobody_is_known(tmp_path: Path) -> None:

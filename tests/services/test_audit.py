@@ -98,7 +98,10 @@ def test_kept_as_long_as_is_said(tmp_path: Path) -> None:
     run_on(tmp_path, work, audit_days=30)
 
 
-def test_old_entries_go_by_themselves(tmp_path: Path) -> None:
+def test_old_entries_go_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the clock has been steady for long enough."""
+    monkeypatch.setattr("kachery_lab.lifecycle.PRUNE_SECONDS", 0.05)
+
     async def write(node: Node) -> None:
         await node.audit.record(ADMIN, "test", "old", "done")
         statement = update(models.audit).values(at=1)
@@ -112,4 +115,6 @@ def test_old_entries_go_by_themselves(tmp_path: Path) -> None:
         return len(await node.audit.list(None, 9))
 
     run_on(tmp_path, write)
+    assert run_on(tmp_path, look) == 1
+    monkeypatch.setattr("kachery_lab.services.clock.STEADY_SECONDS", 0.2)
     assert run_on(tmp_path, look) == 0

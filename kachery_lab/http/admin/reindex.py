@@ -17,13 +17,13 @@ from kachery_lab.maintenance.reindex import Report, reindex
 async def run(request: Request) -> Response:
     """`?dry_run=true` only reports. An index that was rebuilt is this volume's from then on."""
     actor, node = authenticate(request), node_of(request)
-    async with node.audit.action(actor, "reindex", node.volume_id) as note:
+    async with node.audit.action(actor, "reindex", node.volume_id) as act:
         actor.require("admin")
         known_parameters(request, "dry_run")
         dry_run = request.query_params.get("dry_run", "false")
         if dry_run not in ("true", "false"):
             raise InvalidInput("dry_run: expected true or false")
-        note(f"dry_run={dry_run}")
+        act(f"dry_run={dry_run}")
         report = await reindex(node, dry_run == "true")
         if dry_run == "false":
             await node.acknowledge_volume()

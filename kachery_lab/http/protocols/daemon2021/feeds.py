@@ -67,7 +67,12 @@ async def get_feed_info(request: Request) -> Response:
 
 async def append_messages(request: Request) -> Response:
     """All messages or none. `position` is the number of the first one."""
-    browser_class(request)
+    # Before the body: what is not taken need not be read.
+    with node_of(request).appends.take(browser_class(request).share):
+        return await _append(request)
+
+
+async def _append(request: Request) -> Response:
     async with body_of(request) as body:
         fields = require_fields(body, _APPEND)
         expected = None
