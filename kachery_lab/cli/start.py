@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import signal
 import socket
 import sys
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import structlog
@@ -63,7 +65,28 @@ def asyncio_run(work: Any) -> None:
         runner.run(work)
 
 
+def plain_http(settings: Settings) -> list[str]:
+    """Where codes and tokens travel readable, beyond this machine."""
+    found = []
+    public = settings.public_url or ""
+    if not all(_is_here(address) for address in settings.bind):
+        if not public.startswith("https://") and not settings.trusted_proxies:
+            found.append("tokens and codes of other machines reach this server over plain http")
+    elif public.startswith("http://") and not _is_here(urlsplit(public).hostname or ""):
+        found.append("KACHERY_LAB_PUBLIC_URL is plain http: tokens sent there can be read on the way")
+    hub = urlsplit(settings.hub_url or "")
+    if hub.scheme == "http" and not _is_here(hub.hostname or ""):
+        found.append("KACHERY_LAB_HUB_URL is plain http: addresses of private buckets can be read on the way")
+    return found
+
+
+def _is_here(host: str) -> bool:
+    return host == "localhost" or host == "::1" or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
 async def _serve(node: Node, sockets: list[socket.socket]) -> None:
+    for reason in plain_http(node.settings):
+        log.warning(reason, hint="Keep it in a trusted network, or put TLS in front")
     app = create_app(node)
     server = build_server(app, cors_origins=node.settings.cors_origins)
     operator = build_server(AdminSocket(app), cors_origins=())

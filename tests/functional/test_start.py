@@ -11,11 +11,34 @@ from pathlib import Path
 
 import pytest
 
+from kachery_lab.cli.start import plain_http
+from kachery_lab.settings import load_settings
 from tests.servers import RunningNode, files_below, free_port
 
 
 def script(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, []),
+        ({"bind": "127.0.0.1,::1", "hub_url": "http://localhost:20431"}, []),
+        ({"bind": "0.0.0.0"}, ["reach this server over plain http"]),
+        ({"bind": "0.0.0.0", "public_url": "http://lab.example"}, ["reach this server over plain http"]),
+        ({"bind": "0.0.0.0", "public_url": "https://lab.example"}, []),
+        ({"bind": "0.0.0.0", "trusted_proxies": "10.0.0.1"}, []),
+        ({"public_url": "http://lab.example"}, ["KACHERY_LAB_PUBLIC_URL is plain http"]),
+        ({"hub_url": "http://hub.example"}, ["KACHERY_LAB_HUB_URL is plain http"]),
+        ({"hub_url": "https://hub.example"}, []),
+    ],
+    ids=str,
+)
+def test_plain_http_beyond_this_machine_is_warned_of(flags: dict[str, str], expected: list[str]) -> None:
+    found = plain_http(load_settings(flags))
+    assert len(found) == len(expected)
+    assert all(part in text for part, text in zip(expected, found, strict=True))
 
 
 def test_the_welcome_says_what_to_do_next(make_node: Callable[..., RunningNode]) -> None:
