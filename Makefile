@@ -7,7 +7,9 @@ APT = sudo apt-get install -y python3 python3-venv make
 BIN = .venv/bin
 DEPENDENCIES = .venv/.dependencies
 INSTALLED = .venv/.installed
-CLIENTS = .cache/clients/kachery-client/.installed
+CLIENTS = .cache/clients/.installed
+CLIENT_LISTS = $(wildcard tests/clients/*.in)
+ABLY = .cache/clients/ably/.installed
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(UPGRADE)
 
@@ -36,7 +38,7 @@ run: $(INSTALLED) ## Start a server; settings come from the environment
 	@exec $(BIN)/kachery-lab start
 
 test: $(INSTALLED) $(CLIENTS) ## Run the tests, all but the slow ones
-	$(BIN)/python -m pytest -m 'not slow' -n 3 --dist loadfile --session-timeout=$(TEST_SECONDS)
+	$(BIN)/python -m pytest -m 'not slow' -n 4 --dist loadfile --no-loadscope-reorder --session-timeout=$(TEST_SECONDS)
 
 faults: $(INSTALLED) $(CLIENTS) ## Run the slow tests: kills, power cuts, full and failing disks
 	$(BIN)/python -m pytest -m slow
@@ -51,10 +53,14 @@ check: $(INSTALLED) ## Check format, lint, types, layers and migrations
 bench: $(INSTALLED) $(CLIENTS) ## Measure
 	$(BIN)/python -m tests.bench
 
-clients: $(CLIENTS) ## Install the published client, for tests against it
+clients: $(CLIENTS) $(ABLY) ## Install the published clients, for tests against them; the second needs npm
 
-$(CLIENTS): $(DEPENDENCIES) tests/clients/environment.py tests/clients/build.lock tests/clients/kachery-client.lock
+$(CLIENTS): $(DEPENDENCIES) tests/clients/environment.py $(CLIENT_LISTS:.in=.lock)
 	$(BIN)/python -m tests.clients.environment
+	@touch $@
+
+$(ABLY): $(DEPENDENCIES) tests/clients/ably/environment.py tests/clients/ably/package-lock.json
+	$(BIN)/python -m tests.clients.ably.environment
 
 image: ## Build the container image kachery-lab:local
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) -t kachery-lab:local .
@@ -63,8 +69,8 @@ lock: $(DEPENDENCIES) ## Write the lock files anew; UPGRADE=--upgrade takes newe
 	$(COMPILE) pyproject.toml -o requirements.lock
 	$(COMPILE) -c requirements.lock --group dev pyproject.toml -o requirements-dev.lock
 	$(COMPILE) -c requirements-dev.lock --group build -o requirements-build.lock
-	$(COMPILE) tests/clients/build.in -o tests/clients/build.lock
-	$(COMPILE) tests/clients/kachery-client.in -o tests/clients/kachery-client.lock
+	set -e; for list in $(CLIENT_LISTS:.in=); do $(COMPILE) $$list.in -o $$list.lock; done
+	cd tests/clients/ably && npm install --package-lock-only --ignore-scripts --omit-lockfile-registry-resolved --silent
 
 clean: ## Remove everything that make made
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

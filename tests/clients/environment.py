@@ -1,6 +1,7 @@
-"""The published client in a virtual environment of its own, so that tests drive it as it is.
+"""Published clients, each in a virtual environment of its own, so that tests drive them as they are.
 
-`python -m tests.clients.environment` makes the environment; `client_python` and `client_variables` use it.
+`python -m tests.clients.environment` makes all of them; `client_python` and `client_variables` use them. What is in the
+environment NAME is locked in `NAME.lock`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENT = HERE.parents[1] / ".cache" / "clients" / "kachery-client"
-LOCKS = (HERE / "build.lock", HERE / "kachery-client.lock")
+CACHE = HERE.parents[1] / ".cache" / "clients"
+BUILD = "build"
+DAEMON_CLIENT = "kachery-client"
+NAMES = tuple(sorted(path.stem for path in HERE.glob("*.in") if path.stem != BUILD))
 NOBODY = 65534
 
 
-def client_python() -> Path:
-    """The Python that has kachery-client; its console scripts lie beside it. Made from the lock files when absent."""
-    return build(ENVIRONMENT)
+def client_python(name: str = DAEMON_CLIENT) -> Path:
+    """The Python that has this client; its console scripts lie beside it. Made from the lock files when absent."""
+    return build(CACHE / name, name)
+
+
+def locks(name: str) -> tuple[Path, ...]:
+    """What is installed, in this order: tools to build with, then the client and what it needs."""
+    return (HERE / f"{BUILD}.lock", HERE / f"{name}.lock")
 
 
 def client_variables(storage: Path | str, port: int, private: Path | str, python: Path | None = None) -> dict[str, str]:
@@ -38,18 +46,18 @@ def client_variables(storage: Path | str, port: int, private: Path | str, python
     }
 
 
-def build(directory: Path, *, anyone: bool = False) -> Path:
-    """Make the environment in a directory, or find it made. With `anyone` every user of the machine can run it.
+def build(directory: Path, name: str = DAEMON_CLIENT, *, anyone: bool = False) -> Path:
+    """Make an environment in a directory, or find it made. With `anyone` every user of the machine can run it.
     Raises RuntimeError when no interpreter allows that."""
     python = directory / "bin" / "python"
     stamp = directory / ".installed"
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = hashlib.sha256(b"".join(path.read_bytes() for path in LOCKS)).hexdigest()
+        wanted = hashlib.sha256(b"".join(path.read_bytes() for path in locks(name))).hexdigest()
         if not stamp.is_file() or stamp.read_text() != wanted or not python.exists():
             _run(_interpreter(anyone=anyone), "-m", "venv", "--clear", "--without-pip", str(directory))
-            for path in LOCKS:
+            for path in locks(name):
                 _pip(python, "--require-hashes", "--no-build-isolation", "--use-pep517", "-r", str(path))
             stamp.write_text(wanted)
         os.utime(stamp)
@@ -111,4 +119,5 @@ def _run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    print(client_python())
+    for one in NAMES:
+        print(client_python(one))
