@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from sqlalchemy import Connection
 
-HEAD = "0002"
+HEAD = "0004"
 """The newest revision in migrations/versions; a test holds the two together."""
 
 LOCK_TIMEOUT = 30.0

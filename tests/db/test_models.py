@@ -29,6 +29,9 @@ def test_the_tables() -> None:
         *("meta", "users", "tokens", "blobs", "links", "feeds", "feed_names", "subfeeds", "messages"),
         *("append_requests", "mutables", "nodes", "channels", "memberships", "authorizations", "passcodes"),
         *("membership_passcodes", "bucket_objects", "tombstones", "blob_origins", "audit"),
+        *("bucket_totals", "pending_uploads", "quotas", "usage_days", "user_profiles"),
+        *("clients", "client_answers", "enrolment_codes", "resource_files"),
+        *("feed_channels", "subfeed_checkpoints", "tasks", "task_functions", "task_grants", "task_reports"),
     }
 
 
@@ -39,6 +42,8 @@ def test_without_rowid(database: Database) -> None:
 
     assert database.read_sync(without_rowid) == {
         *("blobs", "links", "messages", "mutables", "bucket_objects", "tombstones", "blob_origins"),
+        *("bucket_totals", "pending_uploads", "usage_days", "client_answers"),
+        *("feed_channels", "subfeed_checkpoints"),
     }
 
 

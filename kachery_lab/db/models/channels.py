@@ -20,6 +20,7 @@ channels = Table(
     Column("resource_id", Text, nullable=False, doc="public key that signs certificates of this channel"),
     Column("sealed_resource_key", LargeBinary, nullable=False),
     Column("epoch", Integer, nullable=False, doc="raising it ends every capability of the channel"),
+    Column("max_objects", BigInteger, doc="NULL: no limit"),
 )
 
 memberships = Table(

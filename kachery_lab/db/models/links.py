@@ -1,4 +1,4 @@
-"""Blobs whose bytes stay in a file outside the store."""
+"""Blobs whose bytes stay in a file outside the store: linked ones, and those of resource directories."""
 
 from __future__ import annotations
 
@@ -24,4 +24,20 @@ links = Table(
     Column("inode", BigInteger),
     Column("device", BigInteger),
     sqlite_with_rowid=False,
+)
+
+resource_files = Table(
+    "resource_files",
+    metadata,
+    Column("channel", Text, primary_key=True),
+    Column("path", Text, primary_key=True, doc="as the server opens it"),
+    Column("sha1", Text, nullable=False, index=True, doc="of the content, whatever name it was found under"),
+    Column("sha256", Text, nullable=False),
+    # The file's fingerprint when it was hashed.
+    Column("size", BigInteger, nullable=False),
+    Column("mtime_ns", BigInteger, nullable=False),
+    Column("ctime_ns", BigInteger, nullable=False),
+    Column("inode", BigInteger, nullable=False),
+    Column("device", BigInteger, nullable=False),
+    Column("hashed_at", BigInteger, nullable=False),
 )
