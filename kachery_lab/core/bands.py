@@ -18,6 +18,11 @@ _PAIRS = {
     "Tasks": (Role.REQUEST_TASKS, Role.PROVIDE_TASKS),
 }
 
+_ROLES: dict[tuple[str, Right], Role] = {}
+for _noun, (_request, _provide) in _PAIRS.items():
+    _ROLES[f"request{_noun}", "publish"] = _ROLES[f"provide{_noun}", "subscribe"] = _request
+    _ROLES[f"provide{_noun}", "publish"] = _ROLES[f"request{_noun}", "subscribe"] = _provide
+
 BANDS = tuple(f"{side}{noun}" for noun in _PAIRS for side in ("request", "provide"))
 """All six, in the order of the older hub's certificates."""
 
@@ -27,6 +32,11 @@ def band_name(channel: str, band: str) -> str:
     if band not in BANDS:
         raise InvalidInput(f"band: expected one of {', '.join(BANDS)}")
     return f"{channel}-{band}"
+
+
+def role_for(band: str, right: Right) -> Role:
+    """The role that gives a right on a band."""
+    return _ROLES[band, right]
 
 
 def rights(roles: Role) -> dict[str, tuple[Right, ...]]:
