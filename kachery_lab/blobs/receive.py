@@ -62,6 +62,9 @@ def _check(claim: Claim, sha1: str, size: int) -> None:
 def _check_limit(claim: Claim, size: int) -> None:
     if claim.max_size is not None and size > claim.max_size:
         raise TooLarge(f"more than the allowed {claim.max_size} bytes arrived")
+    # At the end it would be too late: a body without an end fills the disk.
+    if claim.size is not None and size > claim.size:
+        raise ContentMismatch(f"more than the {claim.size} bytes that were announced arrived")
 
 
 def store_bytes(store: LocalBlobStore, data: bytes | bytearray, claim: Claim | None = None) -> Received:

@@ -8,22 +8,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import structlog
 
 from kachery_lab.client.hub import HubClient, HubMembership
 from kachery_lab.core.ids import FileKey, Sha1
-from kachery_lab.core.manifests import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from kachery_lab.errors import ContentMismatch, Forbidden, Gone, KacheryLabError, NotFound
+from kachery_lab.core.manifests import MAX_MANIFEST_BYTES
+from kachery_lab.core.objects import ObjectPath
+from kachery_lab.errors import ContentMismatch, Forbidden, KacheryLabError, NotFound
 from kachery_lab.services.audit import AuditService
+from kachery_lab.services.bands import ChannelBands
 from kachery_lab.services.blobs import BlobService, Claim
+from kachery_lab.services.file_requests import FileRequests
 from kachery_lab.services.identity import Identity
+from kachery_lab.services.large_files import bring_chunks, joined
 from kachery_lab.services.offers import Progress, UploadUrl
 from kachery_lab.services.origins import OriginService
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.stats import Stats
 
-CHUNKS_AT_ONCE = 5
 REPORT_SECONDS = 300.0
 FIRST_RETRY = 2.0
 MEMBERSHIP_SECONDS = 0.5
@@ -43,7 +48,11 @@ class JoinedHub:
         identity: Identity,
         stats: Stats,
         audit: AuditService,
+        bands: ChannelBands,
+        requests: FileRequests,
     ) -> None:
+        self.bands = bands
+        self._requests = requests
         self._hub = hub
         self._blobs = blobs
         self._origins = origins
@@ -101,6 +110,21 @@ class JoinedHub:
                 )
         return membership
 
+    async def require(self, channel: str, role: str, principal: Principal) -> HubMembership:
+        """This node's membership, if the caller may use a role there now. Raises NotFound, Forbidden, Unavailable."""
+        return await self._require(channel, role, principal)
+
+    def refusals(self, principal: Principal, action: str, what: str) -> AbstractAsyncContextManager[None]:
+        """Records what the hub refuses in the block in this node's audit."""
+        return self._audit.refusals(f"{principal.kind}:{principal.name}", principal.peer, action, what)
+
+    async def has_object(self, channel: str, path: ObjectPath) -> bool:
+        """Whether an object is in a channel's bucket. Raises NotFound for a channel that this node is no member of."""
+        membership = (await self._memberships()).get(channel)
+        if membership is None:
+            raise NotFound(f"this node is no member of a channel {channel!r} at the hub")
+        return await self._hub.has_object(membership.bucket_url, path)
+
     # -- uploading -----------------------------------------------------------------------------------------------
 
     async def upload(self, sha1: Sha1, channel: str, principal: Principal) -> None:
@@ -127,9 +151,10 @@ class JoinedHub:
 
     async def fetch(self, key: FileKey, channel: str, principal: Principal, progress: Progress) -> None:
         """Bring a file here, verified and durable: as a whole, else by the chunks of its manifest, several at a time.
+        What the bucket lacks the channel's nodes are asked for.
 
-        What was fetched before a failure is kept and not fetched again. Raises NotFound (not in the bucket),
-        ContentMismatch (other bytes than asked for; nothing is kept), Forbidden, Unavailable.
+        What was fetched before a failure is kept and not fetched again. Raises NotFound (not in the bucket, and nobody
+        provided it), ContentMismatch (other bytes than asked for; nothing is kept), Forbidden, Unavailable.
         """
         membership = await self._require(channel, "requestFiles", principal)
         size = await self._hub.size(membership.bucket_url, key.sha1)
@@ -137,13 +162,24 @@ class JoinedHub:
             progress.start(size)
             await self._whole(membership, key.sha1, size, progress)
         elif key.manifest_sha1 is not None:
-            manifest = await self._manifest(membership, key.manifest_sha1)
-            if manifest.sha1 != key.sha1:
-                raise ContentMismatch(f"{key.manifest_sha1} is the manifest of another file")
-            progress.start(manifest.size)
-            await self._by_chunks(membership, manifest, progress)
+            await self._by_chunks(membership, key.sha1, key.manifest_sha1, progress)
         else:
-            raise NotFound(f"{key.sha1} is not in the bucket of {membership.channel}")
+            size = await self._provided(membership, key)
+            progress.start(size)
+            await self._whole(membership, key.sha1, size, progress)
+
+    async def _provided(self, membership: HubMembership, key: FileKey) -> int:
+        """Have the channel's nodes put a file into the bucket; its size. Raises what `FileRequests.ask` says."""
+        look = partial(self._hub.size, membership.bucket_url, key.sha1)
+        return await self._requests.ask(self.bands, membership.channel, key, look)
+
+    async def membership(self, channel: str) -> HubMembership | None:
+        """This node's membership in a channel, at most MEMBERSHIP_SECONDS old. Raises Unavailable."""
+        return (await self._memberships()).get(channel)
+
+    async def origin(self, channel: str) -> str:
+        """What is recorded of blobs that came through a channel."""
+        return f"{await self._hub.hub_id()}/{channel}"
 
     async def _whole(self, membership: HubMembership, sha1: Sha1, size: int, progress: Progress | None) -> None:
         await self._arriving(membership, sha1)
@@ -152,7 +188,7 @@ class JoinedHub:
 
     async def _arriving(self, membership: HubMembership, sha1: Sha1) -> None:
         here = await self._blobs.store_on_volume.stat(sha1) is not None
-        await self._origins.arriving(sha1, f"{await self._hub.hub_id()}/{membership.channel}", here=here)
+        await self._origins.arriving(sha1, await self.origin(membership.channel), here=here)
 
     async def _counted(self, stream: AsyncIterator[bytearray], progress: Progress | None) -> AsyncIterator[bytearray]:
         async for piece in stream:
@@ -161,56 +197,22 @@ class JoinedHub:
                 progress.add(len(piece))
             yield piece
 
-    async def _manifest(self, membership: HubMembership, sha1: Sha1) -> Manifest:
-        if not await self._here(sha1):
-            size = await self._hub.size(membership.bucket_url, sha1)
+    async def _by_chunks(self, membership: HubMembership, sha1: Sha1, manifest_sha1: Sha1, progress: Progress) -> None:
+        async def bring(key: FileKey, progress: Progress | None) -> None:
+            size = await self._hub.size(membership.bucket_url, key.sha1)
             if size is None:
-                raise NotFound(f"the manifest {sha1} is not in the bucket of {membership.channel}")
-            if size > MAX_MANIFEST_BYTES:
-                raise ContentMismatch(f"{sha1} has {size} bytes, more than a manifest may have")
-            await self._whole(membership, sha1, size, None)
-        content = await self._blobs.open(sha1)
-        try:
-            return parse_manifest(b"".join([piece async for piece in content.read(0, content.size)]))
-        finally:
-            content.close()
+                size = await self._provided(membership, key)
+            if key.chunk_of is None and size > MAX_MANIFEST_BYTES:
+                raise ContentMismatch(f"{key.sha1} has {size} bytes, more than a manifest may have")
+            if key.chunk_of is not None and size != key.chunk_of.end_byte - key.chunk_of.start_byte:
+                raise ContentMismatch(f"{key.sha1} has {size} bytes in the bucket, which are not the chunk's")
+            await self._whole(membership, key.sha1, size, progress)
 
-    async def _here(self, sha1: Sha1) -> bool:
-        try:
-            (await self._blobs.open(sha1)).close()
-        except (NotFound, Gone):
-            return False
-        return True
-
-    async def _by_chunks(self, membership: HubMembership, manifest: Manifest, progress: Progress) -> None:
-        gate = asyncio.Semaphore(CHUNKS_AT_ONCE)
-
-        async def one(sha1: Sha1, size: int) -> None:
-            async with gate:
-                if await self._here(sha1):
-                    progress.add(size)
-                else:
-                    await self._whole(membership, sha1, size, progress)
-
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for chunk in manifest.chunks:
-                    tasks.create_task(one(Sha1(chunk.sha1), chunk.end - chunk.start))
-        except* KacheryLabError as group:
-            raise group.exceptions[0] from None
-        await self._arriving(membership, Sha1(manifest.sha1))
+        manifest = await bring_chunks(self._blobs, sha1, manifest_sha1, bring, progress)
+        await self._arriving(membership, sha1)
         await self._blobs.store(
-            self._joined(manifest), Claim(sha1=Sha1(manifest.sha1), size=manifest.size), _fetched(membership)
+            joined(self._blobs, manifest), Claim(sha1=sha1, size=manifest.size), _fetched(membership)
         )
-
-    async def _joined(self, manifest: Manifest) -> AsyncIterator[bytes]:
-        for chunk in manifest.chunks:
-            content = await self._blobs.open(Sha1(chunk.sha1))
-            try:
-                async for piece in content.read(0, content.size):
-                    yield piece
-            finally:
-                content.close()
 
 
 def _fetched(membership: HubMembership) -> Principal:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from kachery_lab.blobs.files import OpenFile
 from kachery_lab.blobs.layout import StorageLayout
 from kachery_lab.core.ids import ChunkOf, FileKey, Sha1
-from kachery_lab.core.manifests import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from kachery_lab.errors import ContentMismatch, Gone, InvalidInput, NotFound
+from kachery_lab.errors import ContentMismatch, Gone, NotFound
 from kachery_lab.services.blobs import BlobService, Claim, Content
+from kachery_lab.services.large_files import joined, read_manifest
 from kachery_lab.services.links import LinkService
-from kachery_lab.services.origins import LOCAL
 from kachery_lab.services.principals import Principal
 
 _PIECE = 1 << 20
@@ -62,68 +60,46 @@ class FileService:
         try:
             if chunk.end_byte > parent.size:
                 raise NotFound(f"the file {chunk.file_key.sha1} ends at {parent.size}, before the chunk does")
-            disk = self._blobs.store_on_volume.disk
-            if await disk.run_long(_sha1, parent.data, parent.file, chunk.start_byte, chunk.end_byte) != key.sha1:
-                raise ContentMismatch(f"these bytes of {chunk.file_key.sha1} do not have the SHA-1 {key.sha1}")
+            await self.verify_range(parent, chunk.start_byte, chunk.end_byte, key.sha1)
         except BaseException:
             parent.close()
             raise
         return parent, chunk.start_byte, chunk.end_byte
 
+    async def verify_range(self, content: Content, start: int, end: int, sha1: Sha1) -> None:
+        """Raises ContentMismatch unless bytes `start` to `end` have this SHA-1, Unavailable."""
+        disk = self._blobs.store_on_volume.disk
+        if await disk.run_long(_sha1, content.data, content.file, start, end) != sha1:
+            raise ContentMismatch(f"bytes {start} to {end} of the file do not have the SHA-1 {sha1}")
+
     async def _cut(self, key: FileKey, chunk: ChunkOf, principal: Principal) -> None:
-        parent, start, end = await self._open_chunk(key, chunk)
+        parent, _, _ = await self._open_chunk(key, chunk)
         try:
-            claim = Claim(sha1=key.sha1, size=end - start)
-            await self._inherit(key.sha1, [chunk.file_key.sha1])
-            await self._blobs.store(parent.read(start, end), claim, principal)
+            await self.store_chunk(key, chunk, parent, principal)
         finally:
             parent.close()
+
+    async def store_chunk(self, key: FileKey, chunk: ChunkOf, parent: Content, principal: Principal) -> None:
+        """Store a verified range of an open file as a file of its own; it comes from where the whole came from."""
+        claim = Claim(sha1=key.sha1, size=chunk.end_byte - chunk.start_byte)
+        await self._blobs.inherit_origins(key.sha1, [chunk.file_key.sha1])
+        await self._blobs.store(parent.read(chunk.start_byte, chunk.end_byte), claim, principal)
 
     async def _assemble(self, sha1: Sha1, manifest_sha1: Sha1, principal: Principal) -> bool:
         """Put a file together; False when its manifest or a chunk is not here. Raises ContentMismatch."""
         try:
-            content = await self._blobs.open(manifest_sha1)
+            manifest = await read_manifest(self._blobs, manifest_sha1, sha1)
         except (NotFound, Gone):
             return False
-        try:
-            if content.size > MAX_MANIFEST_BYTES:
-                raise ContentMismatch(f"{manifest_sha1} is no manifest: it has {content.size} bytes")
-            manifest = parse_manifest(b"".join([piece async for piece in content.read(0, content.size)]))
-        except InvalidInput as error:
-            raise ContentMismatch(f"{manifest_sha1} is no manifest: {error.message}") from error
-        finally:
-            content.close()
-        if manifest.sha1 != sha1:
-            raise ContentMismatch(f"{manifest_sha1} is the manifest of another file")
         for chunk in manifest.chunks:
             if await self._blobs.store_on_volume.stat(Sha1(chunk.sha1)) is None:
                 return False
-        await self._inherit(sha1, [chunk.sha1 for chunk in manifest.chunks])
+        await self._blobs.inherit_origins(sha1, [chunk.sha1 for chunk in manifest.chunks])
         try:
-            await self._blobs.store(self._joined(manifest), Claim(sha1=sha1, size=manifest.size), principal)
+            await self._blobs.store(joined(self._blobs, manifest), Claim(sha1=sha1, size=manifest.size), principal)
         except (NotFound, Gone):
             return False
         return True
-
-    async def _joined(self, manifest: Manifest) -> AsyncIterator[bytes]:
-        for chunk in manifest.chunks:
-            content = await self._blobs.open(Sha1(chunk.sha1))
-            try:
-                async for piece in content.read(0, content.size):
-                    yield piece
-            finally:
-                content.close()
-
-    async def _inherit(self, sha1: Sha1, parts: Sequence[str]) -> None:
-        """What is made of parts that came through channels comes from there too; noted before it is stored."""
-        origins = self._blobs.origins
-        if origins is None:
-            return
-        for part in parts:
-            found = await origins.of(part)
-            if LOCAL not in found:
-                for origin in sorted(found):
-                    await origins.record(sha1, origin)
 
 
 def _sha1(data: bytes | None, file: OpenFile | None, start: int, end: int) -> str:

@@ -14,32 +14,20 @@ import structlog
 from kachery_lab.core.ids import FileKey, NodeId, Sha1
 from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.roles import Role
-from kachery_lab.errors import Forbidden, NotFound
+from kachery_lab.errors import Forbidden
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.audit import AuditService
+from kachery_lab.services.bands import ChannelBands
 from kachery_lab.services.blobs import BlobService
 from kachery_lab.services.buckets import BucketService
+from kachery_lab.services.file_requests import FileRequests
+from kachery_lab.services.large_files import bring_chunks, size_here
 from kachery_lab.services.principals import Principal
+from kachery_lab.services.progress import Progress as Progress
 from kachery_lab.services.subjects import RoleService, Subject, subject_of
 from kachery_lab.services.uploads import UploadService
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class Progress:
-    """Bytes that have arrived, and how many there will be; 0 until that is known."""
-
-    loaded: int = 0
-    total: int = 0
-
-    def start(self, total: int) -> None:
-        """The size of what is being loaded."""
-        self.total = total
-
-    def add(self, count: int) -> None:
-        """So many bytes more."""
-        self.loaded += count
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +45,9 @@ class Channels(Protocol):
     """The channels of one hub. Rights are looked at on each call; a refusal is a Forbidden that names role and channel
     and is in the audit."""
 
+    bands: ChannelBands
+    """This node's part in the bands of these channels."""
+
     async def has(self, channel: str) -> bool:
         """Whether the channel belongs to this hub, for this node."""
 
@@ -73,9 +64,11 @@ class Channels(Protocol):
         """
 
     async def fetch(self, key: FileKey, channel: str, principal: Principal, progress: Progress) -> None:
-        """Bring a file from the channel to this server, verified and durable on return.
+        """Bring a file from the channel to this server, verified and durable on return: from its bucket, else from the
+        nodes that offer it there. A large file by its manifest comes in pieces, which `FileService` puts together.
 
-        Raises Forbidden, NotFound, ContentMismatch (nothing is kept), Unavailable. Cancelling it keeps nothing half.
+        Raises Forbidden, NotFound, ContentMismatch (nothing is kept), Unavailable; the text says which step failed.
+        Cancelling it keeps nothing half.
         """
 
 
@@ -114,7 +107,11 @@ class OwnHub:
         buckets: BucketService,
         uploads: UploadService,
         own_node: NodeId,
+        bands: ChannelBands,
+        requests: FileRequests,
     ) -> None:
+        self.bands = bands
+        self._requests = requests
         self._data = data
         self._roles = roles
         self._audit = audit
@@ -136,7 +133,9 @@ class OwnHub:
         """A ticket of this server. Raises what `Channels.upload_url` says."""
         subject = await self._require(channel, Role.PROVIDE_FILES, principal, "file.upload")
         path = file_path(sha1)
-        if await self._buckets.find(channel, path) is not None:
+        found = await self._buckets.find(channel, path)
+        # What is there only because somebody asked is no upload yet.
+        if found is not None and not found.on_demand and await size_here(self._blobs, sha1) is not None:
             return UploadUrl(exists=True)
         if size is None:
             return UploadUrl(exists=False)
@@ -144,9 +143,24 @@ class OwnHub:
         return UploadUrl(exists=False, url=f"/bucket/upload/{ticket}")
 
     async def fetch(self, key: FileKey, channel: str, principal: Principal, progress: Progress) -> None:
-        """Whoever asks did not find the file here, so no bucket of this hub has it. Raises Forbidden, NotFound."""
+        """Whoever asks did not find the file here, so no bucket of this hub has it; what a node provides comes here.
+        Raises what `Channels.fetch` says."""
         await self._require(channel, Role.REQUEST_FILES, principal, "file.load")
-        raise NotFound(f"the file {key.sha1} is neither here nor in the bucket of {channel}")
+
+        async def bring(key: FileKey, progress: Progress | None) -> None:
+            size = await self._requests.ask(self.bands, channel, key, lambda: self._look(channel, key.sha1))
+            if progress is not None:
+                progress.add(size)
+
+        if key.manifest_sha1 is None:
+            await bring(key, None)
+        else:
+            await bring_chunks(self._blobs, key.sha1, key.manifest_sha1, bring, progress)
+
+    async def _look(self, channel: str, sha1: Sha1) -> int | None:
+        if await self._buckets.find(channel, file_path(sha1)) is None:
+            return None
+        return await size_here(self._blobs, sha1)
 
     async def _require(self, channel: str, role: Role, principal: Principal, action: str) -> Subject:
         """Whose roles the caller uses. Raises NotFound for an unknown channel, Forbidden."""

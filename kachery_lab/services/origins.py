@@ -35,16 +35,21 @@ class OriginService:
 
     async def record(self, sha1: Sha1, origin: str) -> None:
         """Note that a blob comes from a channel, before it is stored."""
-        if origin in await self._recorded(sha1):
-            return
-        record = {"type": "origin", "sha1": sha1, "origin": origin, "at": int(time.time() * 1000)}
-        await self._log.append([to_line(record)], lambda conn: apply_record(conn, record))
+        if origin not in await self._recorded(sha1):
+            await self._append(sha1, origin)
 
     async def arriving(self, sha1: Sha1, origin: str, *, here: bool) -> None:
         """Note where a blob is about to come from. `here`: it is stored already, so without a record it is local."""
-        if here and not await self._recorded(sha1):
-            await self.record(sha1, LOCAL)
-        await self.record(sha1, origin)
+        # Of what is not here there is seldom a record, and a second one says no more than the first.
+        known = await self._recorded(sha1) if here else set()
+        if here and not known:
+            await self._append(sha1, LOCAL)
+        if origin not in known:
+            await self._append(sha1, origin)
+
+    async def _append(self, sha1: Sha1, origin: str) -> None:
+        record = {"type": "origin", "sha1": sha1, "origin": origin, "at": int(time.time() * 1000)}
+        await self._log.append([to_line(record)], lambda conn: apply_record(conn, record))
 
     async def stored_here(self, sha1: Sha1) -> None:
         """A local client stored what was here already: if it had come from a channel, it is local as well now."""
