@@ -1,4 +1,5 @@
-"""Paths of objects in a channel's bucket (spec/hub-api.md section 5): four forms, and nothing else."""
+"""Paths of objects in a channel's bucket: the four forms of spec/hub-api.md section 5, and `<n>-<m>`, messages n to m
+(exclusive) of a subfeed, which only nodes of this kind ask for and upload."""
 
 from __future__ import annotations
 
@@ -10,23 +11,26 @@ from kachery_lab.core.ids import FeedId, Sha1, SubfeedHash
 from kachery_lab.core.roles import Role
 from kachery_lab.errors import InvalidInput
 
-Kind = Literal["file", "message", "subfeed", "task"]
+Kind = Literal["file", "message", "messages", "subfeed", "task"]
 
 _SHARD = r"([0-9a-f]{2})/([0-9a-f]{2})/([0-9a-f]{2})"
 _FILE = re.compile(rf"(sha1|task_results)/{_SHARD}/([0-9a-f]{{40}})", re.ASCII)
 _FEED = re.compile(
-    rf"feeds/{_SHARD}/([0-9a-f]{{64}})/subfeeds/{_SHARD}/([0-9a-f]{{40}})/(subfeed\.json|0|[1-9][0-9]{{0,15}})",
+    rf"feeds/{_SHARD}/([0-9a-f]{{64}})/subfeeds/{_SHARD}/([0-9a-f]{{40}})/"
+    r"(subfeed\.json|(?:0|[1-9][0-9]{0,14})(?:-[1-9][0-9]{0,14})?)",
     re.ASCII,
 )
 _PROVIDE = {
     "file": Role.PROVIDE_FILES,
     "message": Role.PROVIDE_FEEDS,
+    "messages": Role.PROVIDE_FEEDS,
     "subfeed": Role.PROVIDE_FEEDS,
     "task": Role.PROVIDE_TASKS,
 }
 _REQUEST = {
     "file": Role.REQUEST_FILES,
     "message": Role.REQUEST_FEEDS,
+    "messages": Role.REQUEST_FEEDS,
     "subfeed": Role.REQUEST_FEEDS,
     "task": Role.REQUEST_TASKS,
 }
@@ -34,7 +38,8 @@ _REQUEST = {
 
 @dataclass(frozen=True, slots=True)
 class ObjectPath:
-    """A well-formed path below a channel. `sha1`: of a file, or the hash of a task; the others belong to feeds."""
+    """A well-formed path below a channel. `sha1`: of a file, or the hash of a task; the others belong to feeds, `end`
+    to a range of messages that begins at `position`."""
 
     text: str
     kind: Kind
@@ -42,6 +47,7 @@ class ObjectPath:
     feed_id: FeedId | None = None
     subfeed_hash: SubfeedHash | None = None
     position: int | None = None
+    end: int | None = None
 
     @property
     def provide(self) -> Role:
@@ -73,16 +79,22 @@ class ObjectPath:
                 place = {"feed_id": FeedId(feed_id), "subfeed_hash": SubfeedHash(subfeed)}
                 if last == "subfeed.json":
                     return cls(text, "subfeed", **place)  # type: ignore[arg-type]
-                return cls(text, "message", position=int(last), **place)  # type: ignore[arg-type]
+                first, dash, end = last.partition("-")
+                if not dash:
+                    return cls(text, "message", position=int(first), **place)  # type: ignore[arg-type]
+                if int(first) < int(end):
+                    return cls(text, "messages", position=int(first), end=int(end), **place)  # type: ignore[arg-type]
         raise InvalidInput(
             f"{where}: expected sha1/aa/bb/cc/<sha1>, task_results/aa/bb/cc/<hash>, or a feed's message or subfeed.json"
         )
-
-    def neighbour(self, position: int) -> str:
-        """The path of another message of the same subfeed."""
-        return f"{self.text.rpartition('/')[0]}/{position}"
 
 
 def file_path(sha1: Sha1) -> str:
     """The path of a file."""
     return f"sha1/{sha1[:2]}/{sha1[2:4]}/{sha1[4:6]}/{sha1}"
+
+
+def subfeed_folder(feed_id: FeedId, subfeed_hash: SubfeedHash) -> str:
+    """The path below which everything of a subfeed lies."""
+    feed, subfeed = (f"{name[:2]}/{name[2:4]}/{name[4:6]}/{name}" for name in (feed_id, subfeed_hash))
+    return f"feeds/{feed}/subfeeds/{subfeed}"

@@ -11,10 +11,10 @@ from types import TracebackType
 class Subscription:
     """Wakes when one of its topics is published. Use as a context manager, opened before the first look."""
 
-    def __init__(self, events: Events, topics: Iterable[Hashable]) -> None:
+    def __init__(self, events: Events, topics: Iterable[Hashable], flag: asyncio.Event | None = None) -> None:
         self._events = events
         self._topics = tuple(topics)
-        self._flag = asyncio.Event()
+        self._flag = flag or asyncio.Event()
 
     def __enter__(self) -> Subscription:
         for topic in self._topics:
@@ -52,9 +52,9 @@ class Events:
         self.closed = False
         self.waiters: defaultdict[Hashable, set[asyncio.Event]] = defaultdict(set)
 
-    def subscribe(self, topics: Iterable[Hashable]) -> Subscription:
-        """A subscription, not yet listening."""
-        return Subscription(self, topics)
+    def subscribe(self, topics: Iterable[Hashable], flag: asyncio.Event | None = None) -> Subscription:
+        """A subscription, not yet listening. `flag`: what it sets, for who waits for something else as well."""
+        return Subscription(self, topics, flag)
 
     def close(self) -> None:
         """Wake everybody for good: the process is about to end, and nobody should wait for it."""

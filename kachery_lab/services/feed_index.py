@@ -130,7 +130,8 @@ def _feed_name(conn: Connection, record: Mapping[str, Any]) -> None:
     )
 
 
-def _feed(conn: Connection, record: Mapping[str, Any]) -> None:
+def add_feed(conn: Connection, record: Mapping[str, Any]) -> None:
+    """Index that a feed is here, made here or received."""
     conn.execute(insert(feeds).values(feed_id=record["feedId"], created_at=record["at"]).on_conflict_do_nothing())
 
 
@@ -158,8 +159,8 @@ def _append(conn: Connection, record: Mapping[str, Any]) -> None:
             f"the index ends at {head.num_messages}",
             hint="Restore the feeds log from a backup, then run `kachery-lab reindex`",
         )
-    _feed(conn, record)
-    added = list(_signed(record, head))
+    add_feed(conn, record)
+    added = list(signed_messages(record, head))
     new_head = head.extended(added)
     checkpoint = Checkpoint.parse(record["checkpoint"]) if "checkpoint" in record else None
     if checkpoint is not None and (checkpoint.count, checkpoint.head) != (new_head.num_messages, new_head.head):
@@ -175,7 +176,8 @@ def _append(conn: Connection, record: Mapping[str, Any]) -> None:
     add_messages(conn, feed_id, subfeed_hash, new_head, signature, added, requests, record["at"])
 
 
-def _signed(record: Mapping[str, Any], head: SubfeedHead) -> Iterator[SignedMessage]:
+def signed_messages(record: Mapping[str, Any], head: SubfeedHead) -> Iterator[SignedMessage]:
+    """The messages of a record that continue a subfeed which ends at `head`."""
     previous = head.signature
     for number, (text, timestamp, signature, meta_data) in enumerate(record["messages"], start=head.num_messages):
         bare = SignedMessage(number, text, timestamp, signature, HEAD_0, meta_data)
@@ -204,4 +206,4 @@ def counts(conn: Connection) -> tuple[int, int]:
     )
 
 
-_APPLY = {"feedKey": _feed_key, "feedName": _feed_name, "feed": _feed, "feedDelete": _feed_delete, "append": _append}
+_APPLY = {"feedKey": _feed_key, "feedName": _feed_name, "feed": add_feed, "feedDelete": _feed_delete, "append": _append}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from kachery_lab.services import feed_index
 from kachery_lab.services.events import Events
 
 GATHER_SECONDS = 0.03
-"""After the first new message a watch waits so long for others; the older daemon does too."""
+"""After the first new message a watch of several subfeeds waits so long for the others; the older daemon does too."""
 PAGE_MESSAGES = 1000
 PAGE_CHARACTERS = 1 << 20
 MAX_WAIT_SECONDS = 3600.0
@@ -55,11 +56,16 @@ class WatchService:
         return head.num_messages
 
     async def watch(
-        self, watches: Mapping[str, Watch], *, wait_ms: float, max_messages: int = 0
+        self,
+        watches: Mapping[str, Watch],
+        *,
+        wait_ms: float,
+        max_messages: int = 0,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[dict[str, Span], bool]:
         """(The spans that have messages, whether it waited). `max_messages` 0: no limit.
 
-        Answers at once when there is something; else waits until there is, at most `wait_ms`.
+        Answers at once when there is something; else waits until there is, at most `wait_ms`, inside of `waiting()`.
         """
         topics = {(watch.feed_id, watch.subfeed_hash) for watch in watches.values()}
         with self._events.subscribe(topics) as subscription:
@@ -67,10 +73,13 @@ class WatchService:
             if found or wait_ms <= 0:
                 return found, False
             until = time.monotonic() + min(wait_ms / 1000, MAX_WAIT_SECONDS)
-            while not found and await subscription.wait(until - time.monotonic()):
-                found = await self._look(watches, max_messages)
-                if found and await subscription.wait(min(GATHER_SECONDS, until - time.monotonic())):
+            with waiting():
+                while not found and await subscription.wait(until - time.monotonic()):
                     found = await self._look(watches, max_messages)
+                    if 0 < len(found) < len(watches):
+                        # Others may be about to have some too.
+                        await subscription.wait(min(GATHER_SECONDS, until - time.monotonic()))
+                        found = await self._look(watches, max_messages)
             return found, True
 
     async def _look(self, watches: Mapping[str, Watch], max_messages: int) -> dict[str, Span]:

@@ -100,24 +100,29 @@ async def get_num_local_messages(request: Request) -> Response:
 
 
 async def watch_for_new_messages(request: Request) -> Response:
-    """Long poll. At once: only the watches with messages; after waiting: all names, empty lists included."""
-    browser_class(request)
+    """Long poll. At once: only the watches with messages; after waiting: all names, empty lists included. `problems` is
+    there only when a channel gave what was refused: a text by watch name."""
+    caller = browser_class(request)
     async with body_of(request) as body:
         fields = require_fields(body, _WATCH)
-        wanted = watches(fields["subfeedWatches"])
+        wanted, channels = watches(fields["subfeedWatches"])
     if fields["waitMsec"] < 0:
         raise InvalidInput("waitMsec: expected a number of milliseconds from 0")
     service = node_of(request).watches
-    found, waited = await service.watch(
+    found, waited, problems = await node_of(request).feed_requests.watch(
         wanted,
+        channels,
+        caller,
         wait_ms=fields["waitMsec"],
         max_messages=parse_whole_number(fields.get("maxNumMessages", 0), "maxNumMessages"),
     )
     spans: dict[str, Span | None] = {name: found.get(name) for name in wanted} if waited else dict(found)
-    return StreamingResponse(_messages(service, spans, fields.get("signed", False)), media_type=JSON_TYPE)
+    return StreamingResponse(_messages(service, spans, fields.get("signed", False), problems), media_type=JSON_TYPE)
 
 
-async def _messages(service: WatchService, spans: Mapping[str, Span | None], signed: bool) -> AsyncIterator[str]:
+async def _messages(
+    service: WatchService, spans: Mapping[str, Span | None], signed: bool, problems: Mapping[str, str]
+) -> AsyncIterator[str]:
     """The answer, page by page: memory does not grow with a feed."""
     yield '{"success":true,"messages":{'
     for number, (name, span) in enumerate(spans.items()):
@@ -128,4 +133,4 @@ async def _messages(service: WatchService, spans: Mapping[str, Span | None], sig
                 yield separator + ",".join(page)
                 separator = ","
         yield "]"
-    yield "}}"
+    yield "}" + (f',"problems":{json.dumps(problems)}' if problems else "") + "}"
