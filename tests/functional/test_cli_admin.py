@@ -177,3 +177,27 @@ def test_no_text_of_others_reaches_the_terminal_raw(node: RunningNode) -> None:
     assert "\x1b" not in shown
     assert "\u202e" not in shown
     assert "/channels/?[2J?x" in shown
+
+
+def test_task_functions_by_command_and_after_the_database_was_lost(make_node: Callable[..., RunningNode]) -> None:
+    """Entries and run times are set, shown, restored from the copy on the storage, and taken away."""
+    node = make_node().start()
+    run = here(node)
+    ok(run, "channel", "create", "recordings")
+    ok(run, "function", "grant", "recordings", "add.1", "user:ben", "--role", "requestTasks")
+    ok(run, "function", "limit", "recordings", "*", "90m")
+    assert "requestTasks" in ok(run, "function", "list", "recordings")
+    assert "expected a number of seconds" in refused(run, "function", "limit", "recordings", "add.1", "soon")
+    assert "add.2" in refused(run, "function", "revoke", "recordings", "add.2", "user:ben")
+    assert node.terminate() == 0
+    for file in node.metadata.glob("kachery-lab.db*"):
+        file.unlink()
+    ok(run, "reindex")
+    shown = ok(run, "function", "list", "recordings")
+    assert [line.split() for line in shown.splitlines()[1:]] == [
+        ["*", "5400", "-", "-", "-"],
+        ["add.1", "-", "user", "ben", "requestTasks"],
+    ]
+    ok(run, "function", "revoke", "recordings", "add.1", "user:ben")
+    ok(run, "function", "limit", "recordings", "*", "none")
+    assert len(ok(run, "function", "list", "recordings").splitlines()) == 1
