@@ -6,6 +6,7 @@ output. Only the time between the first byte sent and the last byte received cou
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
 BUFFER = 1 << 20
@@ -43,7 +44,7 @@ def _connect(port: int) -> socket.socket:
 
 def _length_behind(head: bytes) -> int:
     """Content-Length of an answer that must be a success."""
-    if not head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201")):
+    if not head.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201", b"HTTP/1.1 206")):
         raise RuntimeError(f"the server answered {head[:2000]!r}")
     found = _LENGTH.search(head)
     if found is None:
@@ -194,7 +195,72 @@ def requests(port: int, clients: int, each: int, warm: int, template: str, value
     return {"seconds": seconds, "per_second": clients * each / seconds}
 
 
-JOBS = {"download": download, "upload": upload, "requests": requests}
+# -- uploads into a zone -------------------------------------------------------------------------------------------
+
+
+class _Uploader(_Connection):
+    """A connection that announces, sends and finishes small files, one after the other; answers are read."""
+
+    def __init__(self, port: int, zone: str, key: str, size: int) -> None:
+        super().__init__(port)
+        self._base = f"http://127.0.0.1:{port}"
+        self._zone, self._key, self._size = zone, key, size
+        self._whole = b""
+        self._steps: Generator[bytes, Any, None] | None = None
+
+    def begin(self, count: int) -> None:
+        """Upload `count` files when driven."""
+        self._steps = self._requests(count)
+        self._whole = b""
+
+    def _post(self, kind: str, **fields: Any) -> bytes:
+        body = json.dumps({"type": f"{kind}Request", "hashAlg": "sha1", "zoneName": self._zone, **fields}).encode()
+        head = f"POST /api/{kind} HTTP/1.1\r\nHost: {self._base[7:]}\r\nAuthorization: Bearer {self._key}\r\n"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def _requests(self, count: int) -> Generator[bytes, Any, None]:
+        for _ in range(count):
+            data = os.urandom(self._size)
+            file = {"hash": hashlib.sha1(data, usedforsecurity=False).hexdigest(), "size": len(data)}
+            made = yield self._post("initiateFileUpload", workToken="", **file)
+            target = made["signedUploadUrl"].removeprefix(self._base)
+            head = f"PUT {target} HTTP/1.1\r\nHost: {self._base[7:]}\r\nContent-Length: {len(data)}\r\n\r\n"
+            yield head.encode() + data
+            done = yield self._post("finalizeFileUpload", objectKey=made["objectKey"], **file)
+            if not done["success"]:
+                raise RuntimeError(f"not finished: {done}")
+
+    def send_next(self) -> bool:
+        assert self._steps is not None
+        answer = json.loads(self._whole.partition(b"\r\n\r\n")[2] or b"null") if self._whole else None
+        self._whole = b""
+        try:
+            self.socket.sendall(self._steps.send(answer))
+        except StopIteration:
+            return False
+        return True
+
+    def receive(self) -> bool:
+        data = self.socket.recv(65536)
+        if not data:
+            raise RuntimeError("the server closed a connection")
+        self._whole += data
+        head, end, body = self._whole.partition(b"\r\n\r\n")
+        return bool(end) and len(body) == _length_behind(head + end)
+
+
+def zone_uploads(port: int, clients: int, each: int, warm: int, zone: str, key: str, size: int) -> dict[str, Any]:
+    """`each` files on each of `clients` connections, three requests for each file, after `warm` that do not count."""
+    connections = [_Uploader(port, zone, key, size) for _ in range(clients)]
+    by_number: dict[int, _Connection] = {connection.socket.fileno(): connection for connection in connections}
+    for count in (warm, each):
+        for connection in connections:
+            connection.begin(count)
+        seconds = _drive(by_number)
+    return {"seconds": seconds, "per_second": clients * each / seconds}
+
+
+JOBS = {"download": download, "upload": upload, "requests": requests, "zone_uploads": zone_uploads}
 
 if __name__ == "__main__":
     given = json.loads(sys.stdin.buffer.read())
