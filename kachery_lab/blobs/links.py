@@ -112,6 +112,19 @@ class LinkPolicy:
             raise
         return OpenFile(fd)
 
+    def open_below(self, root: Path, relative: str) -> OpenFile:
+        """Blocking: open a file of a directory that the server's settings name. No component below `root` may be a
+        symbolic link. Raises Forbidden, InvalidInput (no regular file), and OSError."""
+        resolved = Path(os.path.realpath(root, strict=True)) / relative
+        self._check_place(resolved)
+        fd, directories = _open_without_links(resolved)
+        try:
+            self._check_identity(os.fstat(fd), directories)
+        except BaseException:
+            os.close(fd)
+            raise
+        return OpenFile(fd)
+
     def _check_place(self, resolved: Path) -> None:
         for place in (*self._forbidden, *map(Path, _NEVER)):
             if resolved == place or place in resolved.parents:
@@ -120,12 +133,7 @@ class LinkPolicy:
     def _check_file(self, path: str, resolved: Path, stat: os.stat_result, directories: list[os.stat_result]) -> None:
         if not S_ISREG(stat.st_mode):
             raise InvalidInput(f"{path} is not a regular file")
-        # A directory may be mounted at a second place, a file may have a second name: identity counts too.
-        here = {(d.st_dev, d.st_ino) for d in (*directories, stat)}
-        if here & {identity for place in self._forbidden if (identity := _identity(place))}:
-            raise Forbidden("files of the server itself cannot be linked")
-        if stat.st_dev in {identity[0] for place in _NEVER if (identity := _identity(Path(place)))}:
-            raise Forbidden("files of /proc, /sys and /dev cannot be linked")
+        self._check_identity(stat, directories)
         if any(root == resolved or root in resolved.parents for root in self._roots):
             return
         if self._own_files_only and stat.st_uid == os.getuid():
@@ -136,6 +144,14 @@ class LinkPolicy:
             f"{path} may not be linked: it is neither below a link root nor readable by others",
             hint="Name a directory above it in KACHERY_LAB_LINK_ROOTS, or let others read the file",
         )
+
+    def _check_identity(self, stat: os.stat_result, directories: list[os.stat_result]) -> None:
+        # A directory may be mounted at a second place, a file may have a second name: identity counts too.
+        here = {(d.st_dev, d.st_ino) for d in (*directories, stat)}
+        if here & {identity for place in self._forbidden if (identity := _identity(place))}:
+            raise Forbidden("files of the server itself cannot be linked")
+        if stat.st_dev in {identity[0] for place in _NEVER if (identity := _identity(Path(place)))}:
+            raise Forbidden("files of /proc, /sys and /dev cannot be linked")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

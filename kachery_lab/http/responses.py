@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.responses import Response
@@ -11,9 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from kachery_lab.core.ids import Sha1
 from kachery_lab.errors import RangeNotSatisfiable
-from kachery_lab.services.blobs import Content
+from kachery_lab.services.blobs import READ_PIECE, Content
 
-_RANGE = re.compile(r"bytes=[ \t]*(\d{0,19})-(\d{0,19})[ \t]*", re.ASCII | re.IGNORECASE)
+_RANGE = re.compile(r"bytes=[ \t]*(\d{0,100})-(\d{0,100})[ \t]*", re.ASCII | re.IGNORECASE)
 IMMUTABLE = "private, max-age=31536000, immutable"
 
 
@@ -75,6 +76,7 @@ class ContentResponse(Response):
         status: int,
         headers: Mapping[str, str],
         media_type: str = "application/octet-stream",
+        sent: Callable[[int], None] | None = None,
     ) -> None:
         # Not by Response.__init__, whose checks of headers that are made here would be a tenth of a small answer.
         self.status_code = status
@@ -88,8 +90,10 @@ class ContentResponse(Response):
         self._content = content
         self._start = start
         self._end = end
+        self._sent = sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = 0
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             last = b""
@@ -98,11 +102,29 @@ class ContentResponse(Response):
             elif self._content.data is not None:
                 last = self._content.data[self._start : self._end]
             else:
-                async for piece in self._content.read(self._start, self._end):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                # Sending to a client that went away is no error; reading the rest of the file for it would be waste.
+                gone = asyncio.ensure_future(_gone(receive)) if self._end - self._start > READ_PIECE else None
+                try:
+                    async for piece in self._content.read(self._start, self._end):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                        sent += len(piece)
+                        if gone is not None and gone.done():
+                            return
+                finally:
+                    if gone is not None:
+                        gone.cancel()
             await send({"type": "http.response.body", "body": last, "more_body": False})
+            sent += len(last)
         finally:
             self._content.close()
+            if self._sent is not None and scope["method"] != "HEAD":
+                self._sent(sent)
+
+
+async def _gone(receive: Receive) -> None:
+    """Ends when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def blob_response(
@@ -112,10 +134,15 @@ def blob_response(
     *,
     media_type: str = "application/octet-stream",
     cache_control: str = IMMUTABLE,
+    more: Mapping[str, str] | None = None,
+    sent: Callable[[int], None] | None = None,
 ) -> Response:
-    """The answer to GET or HEAD of a blob: 200, 206 or 304. Raises RangeNotSatisfiable. Takes over `content`."""
+    """The answer to GET or HEAD of a blob: 200, 206 or 304. Raises RangeNotSatisfiable. Takes over `content`.
+
+    `more`: further headers; `sent` is called with the bytes that a GET was answered with, when it ends.
+    """
     tag = etag(sha1)
-    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": cache_control}
+    headers = {"etag": tag, "accept-ranges": "bytes", "cache-control": cache_control, **(more or {})}
     if matches(request_headers.get("if-none-match"), tag):
         content.close()
         return Response(None, 304, headers)
@@ -128,6 +155,6 @@ def blob_response(
         content.close()
         raise
     if part is None:
-        return ContentResponse(content, 0, content.size, 200, headers, media_type)
+        return ContentResponse(content, 0, content.size, 200, headers, media_type, sent)
     headers["content-range"] = part.header()
-    return ContentResponse(content, part.start, part.end, 206, headers, media_type)
+    return ContentResponse(content, part.start, part.end, 206, headers, media_type, sent)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kachery_lab.core.ids import ChannelName, NodeId, parse_fields
 from kachery_lab.core.keys import PrivateKey
-from kachery_lab.errors import InvalidInput, NotFound
+from kachery_lab.errors import InvalidInput
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.protocols.hub2021.nodes import NO_STORE
 from kachery_lab.http.protocols.hub2021.translate import body_of
 from kachery_lab.http.public_url import base_url
+from kachery_lab.services.certificates import Bearer
 
 _NONE: frozenset[str] = frozenset()
 _REQUEST = (frozenset({"type", "payload", "auth"}), _NONE)
@@ -44,12 +47,23 @@ async def resource(request: Request) -> Response:
     node = node_of(request)
     bearer = node.certificates.bearer(payload, fields["auth"])
     if kind == "getAblyTokenRequest":
-        raise NotFound("bands are not served yet", hint="Files, feeds and tasks go through the bucket meanwhile")
+        return JSONResponse(
+            {"type": kind, "ablyTokenRequest": await _token(request, bearer, payload["capability"])}, headers=NO_STORE
+        )
     async with node.audit.refusals(str(bearer.subject), peer_of(request), "upload.issue", bearer.channel.name):
         tickets = node.certificates.upload_tickets(bearer, payload["filePaths"], payload["sizes"])
     base = base_url(request)
     urls = [f"{base}/bucket/upload/{ticket}" for ticket in tickets]
     return JSONResponse({"type": kind, "uploadUrls": urls}, headers=NO_STORE)
+
+
+async def _token(request: Request, bearer: Bearer, wanted: object) -> dict[str, object]:
+    """Token details of the provider's library, which takes them for a token when they have the member `issued`."""
+    node = node_of(request)
+    async with node.audit.refusals(str(bearer.subject), peer_of(request), "band.token", bearer.channel.name):
+        text, token = node.band_tokens.issue(bearer, wanted)
+    granted = json.dumps(token.capability, separators=(",", ":"))
+    return {"token": text, "issued": token.issued, "expires": token.expires, "capability": granted}
 
 
 def _info(request: Request, value: object) -> dict[str, object]:
