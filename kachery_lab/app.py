@@ -5,19 +5,20 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kachery_lab.http import admin, buckets, health, openapi, v1
+from kachery_lab.http import admin, blobs, buckets, health, openapi, v1
 from kachery_lab.http.bodies import JsonBudget
 from kachery_lab.http.context import SOCKET_STATE
 from kachery_lab.http.errors import EXCEPTION_HANDLERS
 from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, SafetyHeaders, Unexpected
 from kachery_lab.http.paths import by_exact_path
-from kachery_lab.http.protocols import daemon2021, hub2021
+from kachery_lab.http.protocols import ably2021, daemon2021, figurl_local, gateway2022, hub2021, kachery2024
 from kachery_lab.node import Node
 
 
@@ -36,31 +37,51 @@ def create_app(node: Node) -> Starlette:
             budget.close()
 
     settings = node.settings
+    own_names = _own_names(settings.public_url, settings.allowed_hosts)
     app = Starlette(
         routes=by_exact_path(
             [
                 *daemon2021.routes(),
                 *hub2021.routes(),
+                *gateway2022.routes(),
+                *kachery2024.routes(),
+                *ably2021.routes(),
                 *buckets.routes(),
+                *blobs.routes(),
                 *v1.routes(),
                 *admin.routes(),
                 *health.routes(node.problems),
                 *openapi.routes(),
             ]
         ),
-        middleware=[
-            Middleware(RequestLog),
-            Middleware(Cors, origins=settings.cors_origins),
-            Middleware(SafetyHeaders),
-            Middleware(HostCheck, allowed=_own_names(settings.public_url, settings.allowed_hosts)),
-            Middleware(Unexpected),
-        ],
+        middleware=_middleware(own_names, origins=settings.cors_origins),
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
     app.state.node = node
     app.state.budget = budget
     return app
+
+
+def create_figurl_app(node: Node) -> Starlette:
+    """What figurl finds on a person's own machine, for the listener of its own; the node is started by the other."""
+    app = Starlette(
+        routes=figurl_local.routes(),
+        middleware=_middleware([], origins=node.settings.figurl_origins, open_to_pages=()),
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    app.state.node = node
+    return app
+
+
+def _middleware(own_names: list[str], **cors: Any) -> list[Middleware]:
+    return [
+        Middleware(RequestLog),
+        Middleware(Cors, **cors),
+        Middleware(SafetyHeaders),
+        Middleware(HostCheck, allowed=own_names),
+        Middleware(Unexpected),
+    ]
 
 
 def _own_names(public_url: str | None, configured: tuple[str, ...]) -> list[str]:

@@ -10,6 +10,7 @@ KacheryLabError
 |  +- Collision             other bytes are stored under this SHA-1
 |  +- FeedPosition          the subfeed has moved on (`num_messages`, `head_signature`)
 |  +- RequestIdReused       the request id was used for other messages
+|  +- FeedFork              messages of a feed contradict what is known of it
 +- Gone                     was here and may not be served
 |  +- Quarantined           the stored bytes no longer match their name
 |  +- LinkChanged           the linked file is no longer the one that was linked
@@ -98,6 +99,12 @@ class RequestIdReused(Conflict):
     """The request id was used on this subfeed for other messages."""
 
     code = "request_id_reused"
+
+
+class FeedFork(Conflict):
+    """Signed messages or checkpoints of a feed contradict those that are here; the first stay."""
+
+    code = "feed_fork"
 
 
 class Gone(KacheryLabError):

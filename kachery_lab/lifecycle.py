@@ -23,15 +23,25 @@ from kachery_lab.services.access import AccessService
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.audit import AuditService
 from kachery_lab.services.authorizations import AuthorizationService
+from kachery_lab.services.band_tokens import BandTokenService
+from kachery_lab.services.bands import BandHandlers, Dispatcher, JoinedBands, OwnBands
 from kachery_lab.services.blobs import BlobService
+from kachery_lab.services.broker import HubBands
 from kachery_lab.services.buckets import BucketService
 from kachery_lab.services.certificates import CertificateService
+from kachery_lab.services.channel_files import ChannelFiles
 from kachery_lab.services.channels import ChannelService
+from kachery_lab.services.client_requests import ClientRequests
+from kachery_lab.services.clients import ClientService
 from kachery_lab.services.clock import SteadyClock
 from kachery_lab.services.events import Events
 from kachery_lab.services.facts import Facts
 from kachery_lab.services.federation import JoinedHub
+from kachery_lab.services.feed_providers import FeedProviders
+from kachery_lab.services.feed_requests import FeedRequests
 from kachery_lab.services.feeds import FeedService
+from kachery_lab.services.file_providers import FileProviders
+from kachery_lab.services.file_requests import FileRequests
 from kachery_lab.services.files import FileService
 from kachery_lab.services.identity import Identity
 from kachery_lab.services.links import LinkService
@@ -41,13 +51,25 @@ from kachery_lab.services.node_requests import NodeRequests
 from kachery_lab.services.nodes import NodeService
 from kachery_lab.services.offers import ChannelFinder
 from kachery_lab.services.origins import OriginService
+from kachery_lab.services.pending import PendingUploads
 from kachery_lab.services.principals import OPERATOR
+from kachery_lab.services.profiles import ProfileService
+from kachery_lab.services.quotas import QuotaService
+from kachery_lab.services.received_feeds import ReceivedFeeds
+from kachery_lab.services.resources import ResourceService
 from kachery_lab.services.shares import Shares
 from kachery_lab.services.stats import Stats
 from kachery_lab.services.subfeeds import REQUESTS_KEPT_MS
 from kachery_lab.services.subjects import RoleService
+from kachery_lab.services.task_functions import TaskFunctionService
+from kachery_lab.services.task_leases import TaskLeaseService
+from kachery_lab.services.task_registrations import TaskRegistrations
+from kachery_lab.services.task_work import TaskWork
+from kachery_lab.services.tasks import TaskService
 from kachery_lab.services.tokens import ADMIN, TokenService, new_secret
+from kachery_lab.services.upload_search import UploadSearch
 from kachery_lab.services.uploads import UploadService
+from kachery_lab.services.usage import UsageService
 from kachery_lab.services.users import UserService
 from kachery_lab.services.watches import WatchService
 from kachery_lab.settings import Settings
@@ -76,20 +98,45 @@ class Node:
     files: FileService
     feeds: FeedService
     appends: Shares
+    feed_requests: FeedRequests
+    feed_providers: FeedProviders
     watches: WatchService
+    received_feeds: ReceivedFeeds
     mutables: MutableService
     data: AccessData
     audit: AuditService
     roles: RoleService
     users: UserService
     nodes: NodeService
+    clients: ClientService
+    client_requests: ClientRequests
     channels: ChannelService
     authorizations: AuthorizationService
     buckets: BucketService
     uploads: UploadService
+    pending: PendingUploads
+    channel_files: ChannelFiles
+    quotas: QuotaService
+    usage: UsageService
+    profiles: ProfileService
+    search: UploadSearch
     certificates: CertificateService
+    band_tokens: BandTokenService
+    band_handlers: BandHandlers
+    dispatcher: Dispatcher
+    hub_bands: HubBands
+    own_bands: OwnBands
+    joined_bands: JoinedBands | None
     offers: ChannelFinder
+    file_requests: FileRequests
+    file_providers: FileProviders
+    task_functions: TaskFunctionService
+    task_leases: TaskLeaseService
+    task_work: TaskWork
+    task_registrations: TaskRegistrations
+    tasks: TaskService
     origins: OriginService
+    resources: ResourceService
     node_requests: NodeRequests
     hub: HubClient | None
     joined: JoinedHub | None
@@ -121,9 +168,13 @@ class Node:
         swept += await asyncio.to_thread(sweep_leftovers, self.metadata.root)
         if swept:
             log.info("temporary files of an earlier run were removed", files=swept)
-        work = [self.access.keep_rotating(), self._heartbeat(), self._prune()]
+        work = [self.access.keep_rotating(), self._heartbeat(), self._prune(), self.usage.keep_flushing()]
+        work.append(self.own_bands.run())
+        work += [self.task_leases.keep_ending(), self.task_work.keep_leases(), self.tasks.keep_checking()]
         if self.joined is not None:
             work.append(self.joined.keep_reporting())
+        if self.joined_bands is not None:
+            work.append(self.joined_bands.run())
         self._tasks += [asyncio.create_task(one) for one in work]
 
     async def _first_admin_token(self) -> None:
@@ -155,12 +206,17 @@ class Node:
                 await self.database.write(lambda conn, at=before: feed_index.forget_requests(conn, at))  # type: ignore[misc]
                 await self.audit.prune()
                 await self.buckets.expire()
+                await self.buckets.forget_deletions(self.settings.restore_days)
+                await self.pending.purge()
+                await self.client_requests.prune()
+                await self.task_leases.prune()
             except KacheryLabError as error:
                 log.warning("what is past its time was not removed", code=error.code)
 
     def stop(self) -> None:
-        """Ask the server to stop; long polls answer at once."""
+        """Ask the server to stop; long polls answer at once, bands are closed."""
         self.stopping.set()
+        self.hub_bands.close_all()
         self.events.close()
 
     async def close(self) -> None:
@@ -168,8 +224,15 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.dispatcher.close()
+        await self.file_requests.close()
+        await self.file_providers.close()
+        await self.feed_requests.close()
+        await self.feed_providers.close()
+        await self.resources.close()
         for writer in self._logs:
             await writer.drain()
+        await self.usage.close()
         await self.data.flush()
         if self.hub is not None:
             await self.hub.close()

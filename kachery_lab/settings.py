@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kachery_lab.core.ids import NodeLabel, UserName
+from kachery_lab.core.ids import ChannelName, NodeLabel, UserName
 from kachery_lab.errors import InvalidInput, StartRefused
 
 PREFIX = "KACHERY_LAB_"
@@ -52,6 +52,15 @@ def _path_map(value: object) -> object:
         if not sign or not host.startswith("/") or not container.startswith("/"):
             raise ValueError(f"{value!r}: expected host=container pairs of absolute paths, separated by commas")
     return {host.rstrip("/"): container.rstrip("/") for host, _, container in pairs}
+
+
+def _resource_dirs(value: tuple[str, ...]) -> tuple[str, ...]:
+    for pair in value:
+        zone, sign, directory = pair.partition("=")
+        if not sign or not directory.startswith("/"):
+            raise ValueError(f"{pair!r}: expected zone=/absolute/directory pairs, separated by commas")
+        _as_value_error(ChannelName.parse, zone)
+    return value
 
 
 Names = Annotated[tuple[str, ...], NoDecode, _split(",")]
@@ -91,7 +100,18 @@ class Settings(BaseSettings):
     public_url: str | None = Field(default=None, description="URL under which clients reach this server")
     hub_url: str | None = Field(default=None, description="Another server whose channels this node joins")
     legacy_nodes: bool = Field(default=True, description="Whether nodes of 2021 may use this hub")
+    task_lease_seconds: float = Field(
+        default=30.0,
+        ge=1,
+        description="Seconds after which a task goes to another backend when nothing is heard of its own",
+    )
     audit_days: Annotated[int, Field(gt=0)] = Field(default=365, description="Days that audit entries are kept")
+    restore_days: Annotated[int, Field(gt=0)] = Field(
+        default=30, description="Days in which the deletion of a channel's object can be undone"
+    )
+    check_work_tokens: bool = Field(
+        default=False, description="Whether kachery 2 clients must have solved their puzzle"
+    )
     trusted_proxies: Names = Field(default=(), description="Addresses of proxies whose forwarded headers count")
     server: str | None = Field(default=None, description="URL of the server that commands talk to; default: this node")
     token: SecretStr | None = Field(default=None, description="Token that commands send to `server`")
@@ -102,6 +122,19 @@ class Settings(BaseSettings):
     link_roots: Paths = Field(default=(), description="Directories below which any file may be linked, `:`-separated")
     path_map: Annotated[dict[str, str], NoDecode, BeforeValidator(_path_map)] = Field(
         default={}, description="`host=container` pairs that turn the paths clients send into paths of the server"
+    )
+    resource_dirs: Annotated[Names, AfterValidator(_resource_dirs)] = Field(
+        default=(), description="`zone=directory` pairs: older kachery directories whose files a zone offers on demand"
+    )
+    figurl_port: int = Field(
+        default=0, ge=0, le=65535, description="TCP port that figurl looks for on a person's machine, 61442; 0: none"
+    )
+    figurl_bind: Names = Field(default=("127.0.0.1", "::1"), description="Addresses of that port")
+    figurl_user: str | None = Field(
+        default=None, description="User whose roles in the zone `default` that port has for everybody who reaches it"
+    )
+    figurl_origins: Names = Field(
+        default=("https://figurl.org", "https://www.figurl.org"), description="Browser origins that may use that port"
     )
     min_free: Size = Field(default=0, description="Bytes that stay free on the storage; below, uploads get 507")
     max_uploads: Annotated[int, Field(gt=0)] = Field(
@@ -140,6 +173,14 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r}: expected http:// or https://, a name, and at most a port and a path")
         return value.rstrip("/")
 
+    @field_validator("figurl_origins", mode="after")
+    @classmethod
+    def _listed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
+                raise ValueError(f"{origin!r}: expected origins like https://figurl.org, each by name")
+        return value
+
     @field_validator("trusted_proxies", mode="after")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -154,12 +195,21 @@ class Settings(BaseSettings):
             return value
         raise ValueError("expected a URL that begins with http:// or https://")
 
+    @property
+    def resources(self) -> dict[str, list[Path]]:
+        """The resource directories of each zone."""
+        found: dict[str, list[Path]] = {}
+        for pair in self.resource_dirs:
+            zone, _, directory = pair.partition("=")
+            found.setdefault(zone, []).append(Path(os.path.abspath(directory)))
+        return found
+
     @field_validator("label", mode="after")
     @classmethod
     def _label(cls, value: str | None) -> str | None:
         return None if value is None else _as_value_error(NodeLabel.parse, value)
 
-    @field_validator("owner", mode="after")
+    @field_validator("owner", "figurl_user", mode="after")
     @classmethod
     def _owner(cls, value: str | None) -> str | None:
         return None if value is None else _as_value_error(UserName.parse, value)

@@ -48,6 +48,8 @@ class RunningNode:
 
     @property
     def log(self) -> str:
+        # Lines of requests are written a few milliseconds late.
+        time.sleep(0.02)
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def environment(self) -> dict[str, str]:

@@ -7,7 +7,22 @@ import sys
 import click
 
 from kachery_lab import __version__
-from kachery_lab.cli import audit, channel, config, info, node, passcode, reindex, start, token, user
+from kachery_lab.cli import (
+    audit,
+    channel,
+    client,
+    config,
+    function,
+    info,
+    node,
+    passcode,
+    quota,
+    reindex,
+    start,
+    token,
+    upload,
+    user,
+)
 from kachery_lab.errors import KacheryLabError, StartRefused
 
 
@@ -23,8 +38,13 @@ cli.add_command(config.config)
 cli.add_command(user.user)
 cli.add_command(token.token)
 cli.add_command(node.node)
+cli.add_command(client.client)
 cli.add_command(channel.channel)
 channel.channel.add_command(passcode.passcode)
+cli.add_command(function.function)
+cli.add_command(upload.upload)
+cli.add_command(upload.usage)
+cli.add_command(quota.quota)
 cli.add_command(audit.audit)
 cli.add_command(reindex.reindex)
 

@@ -9,11 +9,19 @@ import click
 from kachery_lab.cli.operator import admin, ask
 from kachery_lab.cli.options import Command, admin_options
 from kachery_lab.cli.output import fields, table
+from kachery_lab.core.ids import Sha1
+from kachery_lab.core.objects import file_path
 from kachery_lab.core.roles import NAMES
 from kachery_lab.errors import InvalidInput
 from kachery_lab.settings import parse_size
 
-LIMITS = {"max_bytes": "maxBytes", "max_object_bytes": "maxObjectBytes", "retention_days": "retentionDays"}
+LIMITS = {
+    "max_bytes": "maxBytes",
+    "max_object_bytes": "maxObjectBytes",
+    "max_objects": "maxObjects",
+    "retention_days": "retentionDays",
+}
+_COUNTS = ("max_objects", "retention_days")
 roles_option = click.option(
     "--role", "roles", multiple=True, required=True, type=click.Choice([*NAMES, "all"]), help="Repeatable"
 )
@@ -28,7 +36,7 @@ def _limit(_context: click.Context, option: click.Parameter, value: str | None) 
     if value is None or value == "none":
         return value
     try:
-        return int(value) if option.name == "retention_days" else parse_size(value)
+        return int(value) if option.name in _COUNTS else parse_size(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -38,6 +46,7 @@ def _options(command: Command) -> Command:
         {
             "--max-bytes": "Bytes that all objects may have, like 2TB, or none",
             "--max-object-bytes": "Bytes that one object may have, like 50GB, or none",
+            "--max-objects": "How many objects there may be, or none",
             "--retention-days": "Days that an object stays, or none",
         }.items()
     ):
@@ -133,7 +142,8 @@ def _own_node(flags: dict[str, Any]) -> str:
     return str(ask(flags, "GET", "/api/v1/info")["nodeId"])
 
 
-def _subject(text: str) -> tuple[str, str]:
+def subject_of(text: str) -> tuple[str, str]:
+    """Kind and name of `kind:name`. Raises InvalidInput."""
     kind, _, name = text.partition(":")
     if not name:
         raise InvalidInput(f"{text!r}: expected user:NAME, node:ID or client:ID")
@@ -147,7 +157,7 @@ def _subject(text: str) -> tuple[str, str]:
 @admin_options
 def grant(name: str, subject: str, roles: tuple[str, ...], **flags: Any) -> None:
     """Set what a user, a node or a client key is granted, in place of what it was."""
-    found = admin(flags, "PUT", "channels", name, "authorizations", *_subject(subject), body={"roles": list(roles)})
+    found = admin(flags, "PUT", "channels", name, "authorizations", *subject_of(subject), body={"roles": list(roles)})
     click.echo(f"{subject} has {' '.join(found['roles'])} in {name}")
 
 
@@ -157,7 +167,7 @@ def grant(name: str, subject: str, roles: tuple[str, ...], **flags: Any) -> None
 @admin_options
 def revoke(name: str, subject: str, **flags: Any) -> None:
     """Take away what was granted."""
-    admin(flags, "DELETE", "channels", name, "authorizations", *_subject(subject))
+    admin(flags, "DELETE", "channels", name, "authorizations", *subject_of(subject))
     click.echo(f"{subject} has nothing in {name}")
 
 
@@ -171,3 +181,39 @@ def members(name: str, **flags: Any) -> None:
     click.echo()
     rows = admin(flags, "GET", "channels", name, "authorizations")["authorizations"]
     table(rows, KIND="kind", SUBJECT="subject", ROLES="roles")
+
+
+def _object(text: str) -> str:
+    """The path of an object, which of a file may be written as its SHA-1."""
+    return text if "/" in text else file_path(Sha1.parse(text))
+
+
+@channel.command()
+@click.argument("name")
+@click.argument("file", metavar="SHA1|PATH")
+@admin_options
+def delete(name: str, file: str, **flags: Any) -> None:
+    """Delete a file in a channel; `restore` undoes it."""
+    admin(flags, "DELETE", "channels", name, "objects", _object(file))
+    click.echo(f"deleted {file} in {name}")
+
+
+@channel.command()
+@click.argument("name")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="Files to show")
+@admin_options
+def deletions(name: str, limit: int, **flags: Any) -> None:
+    """List what was deleted in a channel and can be restored."""
+    rows = admin(flags, "GET", "channels", name, "deletions", query=f"?limit={limit}")["deletions"]
+    columns = {"BY": "deletedBy", "SIZE": "size", "LABEL": "label", "UPLOADED_BY": "principal"}
+    table(rows, DELETED="deletedAt", **columns, PATH="path")
+
+
+@channel.command()
+@click.argument("name")
+@click.argument("file", metavar="SHA1|PATH")
+@admin_options
+def restore(name: str, file: str, **flags: Any) -> None:
+    """Undo the deletion of a file in a channel."""
+    admin(flags, "POST", "channels", name, "deletions", _object(file), "restore")
+    click.echo(f"restored {file} in {name}")

@@ -17,7 +17,7 @@ import click
 import structlog
 import uvicorn
 
-from kachery_lab.app import AdminSocket, create_app
+from kachery_lab.app import AdminSocket, create_app, create_figurl_app
 from kachery_lab.cli.options import server_options
 from kachery_lab.errors import StartRefused
 from kachery_lab.http.server import build_server
@@ -41,12 +41,17 @@ def run_server(settings: Settings) -> None:
     os.umask(0o022)
     logging.configure(settings.log_format, settings.log_level)
     # Before the node is opened: a port that is taken must not cost a volume check.
-    sockets = listen(settings)
+    sockets = listen(settings.bind, settings.port)
+    figurl = listen_figurl(settings)
     node = open_node(settings)
     log.info("self-check", **node.report)
     if node.report["warning"]:
         log.warning(node.report["warning"])
     click.echo(welcome(node, sockets))
+    if figurl:
+        click.echo(f"figurl on this machine finds the zone `default` at port {figurl[0].getsockname()[1]}.\n")
+    if not all(_is_loopback(address) for address in settings.figurl_bind):
+        log.warning("whoever reaches the figurl port has the roles of its user", bind=settings.figurl_bind)
     sys.stdout.flush()
     # A thread that comes back from the disk waits at most so long for the interpreter; the default of 5 ms is longer
     # than a flush takes.
@@ -54,7 +59,7 @@ def run_server(settings: Settings) -> None:
     # What start has made stays: collections need not look at it again.
     gc.collect()
     gc.freeze()
-    asyncio_run(_serve(node, sockets))
+    asyncio_run(_serve(node, sockets, figurl))
 
 
 def asyncio_run(work: Any) -> None:
@@ -84,25 +89,35 @@ def _is_here(host: str) -> bool:
     return host == "localhost" or host == "::1" or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
-async def _serve(node: Node, sockets: list[socket.socket]) -> None:
+async def _serve(node: Node, sockets: list[socket.socket], figurl: list[socket.socket]) -> None:
     for reason in plain_http(node.settings):
         log.warning(reason, hint="Keep it in a trusted network, or put TLS in front")
     app = create_app(node)
     server = build_server(app, cors_origins=node.settings.cors_origins)
     operator = build_server(AdminSocket(app), cors_origins=())
-    operator.config.lifespan = "off"
+    local = build_server(create_figurl_app(node), cors_origins=node.settings.figurl_origins)
+    operator.config.lifespan = local.config.lifespan = "off"
     _catch_signals(node, server)
-    for one in (server, operator):
+    for one in (server, operator, local):
         # uvicorn would raise the signal again after a clean end, and the exit code would not be 0.
         one.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     halting = asyncio.create_task(_stop_when_told(node, server))
-    admin = asyncio.create_task(_serve_operator(node, operator, server))
+    others = [asyncio.create_task(_serve_operator(node, operator, server))]
+    if figurl:
+        others.append(asyncio.create_task(_serve_with(server, local, figurl)))
     try:
         await server.serve(sockets=sockets)
     finally:
-        operator.should_exit = True
+        operator.should_exit = local.should_exit = True
         halting.cancel()
-        await asyncio.gather(admin, halting, return_exceptions=True)
+        await asyncio.gather(*others, halting, return_exceptions=True)
+
+
+async def _serve_with(server: uvicorn.Server, other: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    """A further listener, from when the server has started the node."""
+    while not server.started:  # noqa: ASYNC110 (uvicorn has a flag and no event)
+        await asyncio.sleep(0.01)
+    await other.serve(sockets=sockets)
 
 
 def _catch_signals(node: Node, server: uvicorn.Server) -> None:
@@ -147,14 +162,34 @@ async def _serve_operator(node: Node, operator: uvicorn.Server, server: uvicorn.
             os.unlink(path)
 
 
-def listen(settings: Settings) -> list[socket.socket]:
+def listen_figurl(settings: Settings) -> list[socket.socket]:
+    """Bound sockets of the listener for figurl, none when it is off. Raises StartRefused."""
+    if not settings.figurl_port:
+        return []
+    if settings.figurl_user is None:
+        raise StartRefused(
+            "KACHERY_LAB_FIGURL_PORT is set, and no user whose roles it has", hint="Set KACHERY_LAB_FIGURL_USER"
+        )
+    return listen(settings.figurl_bind, settings.figurl_port, "KACHERY_LAB_FIGURL_PORT", "KACHERY_LAB_FIGURL_BIND")
+
+
+def _is_loopback(address: str) -> bool:
+    return address in ("127.0.0.1", "::1", "localhost")
+
+
+def listen(
+    addresses: tuple[str, ...],
+    port: int,
+    port_setting: str = "KACHERY_DAEMON_PORT",
+    bind_setting: str = "KACHERY_LAB_BIND",
+) -> list[socket.socket]:
     """Bound sockets. An address family that the machine does not have is left out as long as another one works.
 
     Raises StartRefused.
     """
     sockets: list[socket.socket] = []
-    port, problems = settings.port, []
-    for address in settings.bind:
+    problems: list[str] = []
+    for address in addresses:
         try:
             family, kind, _, _, place = socket.getaddrinfo(
                 address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -175,7 +210,7 @@ def listen(settings: Settings) -> list[socket.socket]:
                     other.close()
                 raise StartRefused(
                     f"port {port} on {address} cannot be used: {error.strerror}",
-                    hint="Choose another with KACHERY_DAEMON_PORT, or stop what uses it",
+                    hint=f"Choose another with {port_setting}, or stop what uses it",
                 ) from None
             problems.append(f"{address}: {error.strerror}")
             continue
@@ -184,7 +219,7 @@ def listen(settings: Settings) -> list[socket.socket]:
         bound.set_inheritable(False)
         sockets.append(bound)
     if not sockets:
-        raise StartRefused("no address to listen on: " + "; ".join(problems), hint="Set KACHERY_LAB_BIND")
+        raise StartRefused("no address to listen on: " + "; ".join(problems), hint=f"Set {bind_setting}")
     return sockets
 
 
@@ -207,7 +242,7 @@ def welcome(node: Node, sockets: list[socket.socket]) -> str:
         f"  export KACHERY_STORAGE_DIR={node.settings.advertised}",
         "",
     ]
-    if all(address in ("127.0.0.1", "::1", "localhost") for address in node.settings.bind):
+    if all(_is_loopback(address) for address in node.settings.bind):
         lines += [
             "Only this machine can reach it. To open it to the lab, on a trusted network:",
             "",

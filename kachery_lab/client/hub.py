@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import suppress
@@ -22,12 +23,12 @@ import httpx2
 
 from kachery_lab.client.download import LEAST_RATE, Download, Threads
 from kachery_lab.client.problems import error_from_problem
-from kachery_lab.client.reach import PinnedTransport, Reach
-from kachery_lab.core.ids import NodeId, Sha1
+from kachery_lab.client.reach import PinnedTransport, Reach, origin_of
+from kachery_lab.core.ids import FeedId, NodeId, Sha1, SubfeedHash
 from kachery_lab.core.keys import PrivateKey
-from kachery_lab.core.objects import file_path
+from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.signables import request_bytes
-from kachery_lab.errors import Forbidden, InvalidInput, KacheryLabError, Unavailable
+from kachery_lab.errors import Forbidden, InvalidInput, KacheryLabError, TooLarge, Unavailable
 
 RETRIES = 5
 DOWNLOADS = 16
@@ -43,6 +44,8 @@ class HubMembership:
     channel: str
     roles: frozenset[str]
     bucket_url: str
+    offer: str = "uploaded"
+    """`local` or `uploaded`: what this node provides there when somebody asks."""
 
 
 class HubClient:
@@ -105,22 +108,53 @@ class HubClient:
         try:
             for item in answer["memberships"]:
                 roles = frozenset(str(role) for role in item["roles"])
-                found[str(item["channel"])] = HubMembership(str(item["channel"]), roles, str(item["bucketUrl"]))
+                channel, offer = str(item["channel"]), str(item.get("offer"))
+                found[channel] = HubMembership(channel, roles, str(item["bucketUrl"]), offer)
         except (TypeError, KeyError) as error:
             raise _unreadable() from error
         return found
 
-    async def upload_url(self, channel: str, sha1: Sha1, size: int) -> str | None:
-        """Where to PUT a file; None when it is in the bucket already."""
-        answer = await self._signed("POST", f"/api/v1/channels/{channel}/uploads", {"sha1": sha1, "size": size})
+    async def upload_url(self, channel: str, sha1: Sha1, size: int, *, on_demand: bool = False) -> str | None:
+        """Where to PUT a file; None when it is in the bucket already. `on_demand`: because somebody asked for it."""
+        body = {"sha1": sha1, "size": size, "onDemand": on_demand}
+        answer = await self._signed("POST", f"/api/v1/channels/{channel}/uploads", body)
         return None if answer.get("alreadyUploaded") else self._followed(str(answer.get("url")))
 
-    async def _signed(self, method: str, target: str, body: object) -> dict[str, Any]:
-        data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+    async def post(self, target: str, body: object) -> dict[str, Any]:
+        """A signed request to its API."""
+        return await self._signed("POST", target, body)
+
+    def followed(self, url: str) -> str:
+        """The same address, if it is the hub's. Raises Forbidden."""
+        return self._followed(url)
+
+    async def feed_upload_url(
+        self, channel: str, feed_id: FeedId, subfeed_hash: SubfeedHash, start: int, end: int, size: int
+    ) -> str:
+        """Where to PUT messages `start` to `end` (exclusive) of a subfeed, `size` bytes of JSON."""
+        body = {"feedId": feed_id, "subfeedHash": subfeed_hash, "start": start, "end": end, "size": size}
+        answer = await self._signed("POST", f"/api/v1/channels/{channel}/feeds", body)
+        return self._followed(str(answer.get("url")))
+
+    @property
+    def url(self) -> str:
+        """The configured address, without a slash at its end."""
+        return self._url
+
+    async def dial(self) -> socket.socket:
+        """A connection to the hub, without TLS. Raises Forbidden, OSError."""
+        return await asyncio.to_thread(self._reach.dial, origin_of(self._url), self._timeout)
+
+    async def signature(self, method: str, target: str, data: bytes) -> str:
+        """The header `Kachery-Node` of exactly this request: good once, within five minutes."""
         timestamp, nonce = int(time.time()), secrets.token_hex(16)
         node_id, hub_id = self._key.public_hex, await self.hub_id()
         signed = request_bytes(method, target, hashlib.sha256(data).hexdigest(), timestamp, nonce, node_id, hub_id)
-        header = f"v1 {node_id} {timestamp} {nonce} {self._key.sign(signed).hex()}"
+        return f"v1 {node_id} {timestamp} {nonce} {self._key.sign(signed).hex()}"
+
+    async def _signed(self, method: str, target: str, body: object) -> dict[str, Any]:
+        data = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
+        header = await self.signature(method, target, data)
         return await self._json(method, self._url + target, data, {"Kachery-Node": header})
 
     async def _json(
@@ -157,9 +191,16 @@ class HubClient:
         self._reach.require(url)
         return url
 
+    async def has_object(self, bucket_url: str, path: ObjectPath) -> bool:
+        """Whether something is in a bucket."""
+        return await self._size(f"{bucket_url}/{path.text}") is not None
+
     async def size(self, bucket_url: str, sha1: Sha1) -> int | None:
         """Size of a file in a bucket, None when it is not there."""
-        url = self._followed(f"{bucket_url}/{file_path(sha1)}")
+        return await self._size(f"{bucket_url}/{file_path(sha1)}")
+
+    async def _size(self, address: str) -> int | None:
+        url = self._followed(address)
         try:
             async with asyncio.timeout(self._timeout):
                 response = await self._http.head(url)
@@ -171,8 +212,27 @@ class HubClient:
             raise _refusal(response.status_code, {})
         length = response.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()):
-            raise Unavailable("the hub does not say the size of the file")
+            raise Unavailable("the hub does not say the size of the object")
         return int(length)
+
+    async def document(self, bucket_url: str, path: str, limit: int) -> bytes | None:
+        """A small object of a bucket, at most `limit` bytes; None when it is not there. Raises Forbidden, Unavailable,
+        and TooLarge for a longer answer."""
+        url = self._followed(f"{bucket_url}/{path}")
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout + limit / LEAST_RATE), self._http.stream("GET", url) as response:
+                if response.status_code == 404:
+                    return None
+                async for piece in response.aiter_raw():
+                    data += piece
+                    if len(data) > limit:
+                        raise TooLarge(f"the hub's answer has more than {limit} bytes")
+        except (httpx2.TransportError, httpx2.InvalidURL, TimeoutError) as error:
+            raise _unreachable(error) from error
+        if response.status_code != 200:
+            raise _refusal(response.status_code, _parse(data))
+        return bytes(data)
 
     async def read(self, bucket_url: str, sha1: Sha1, size: int) -> AsyncIterator[bytearray]:
         """Exactly `size` bytes of a file; a connection that is cut is resumed where it ended. Not hashed here."""
@@ -200,7 +260,7 @@ class HubClient:
                 if failures > RETRIES:
                     raise Unavailable("the hub's answer ends before the file does")
 
-    async def put(self, url: str, stream: AsyncIterable[bytes], size: int) -> None:
+    async def put(self, url: str, stream: AsyncIterable[bytes] | bytes, size: int) -> None:
         """Upload bytes to a URL that the hub gave."""
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
         try:

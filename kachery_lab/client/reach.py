@@ -87,25 +87,27 @@ class Reach:
             )
         return allowed
 
+    def dial(self, origin: Origin, timeout: float) -> socket.socket:
+        """Blocking: a connection to the first address that takes one. Raises Forbidden, OSError."""
+        failure: OSError = OSError(f"{origin[1]} has no address")
+        for address in self.addresses(origin):
+            try:
+                return socket.create_connection((address, origin[2]), timeout)
+            except OSError as error:
+                failure = error
+        raise failure
+
     def connect(self, url: str, timeout: float) -> socket.socket:
         """Blocking: a connection, with TLS for https. Raises Forbidden, OSError."""
         origin = self.require(url)
-        scheme, host, port = origin
-        failure: OSError = OSError(f"{host} has no address")
-        for address in self.addresses(origin):
-            try:
-                sock = socket.create_connection((address, port), timeout)
-            except OSError as error:
-                failure = error
-                continue
-            if scheme == "http":
-                return sock
-            try:
-                return self.tls.wrap_socket(sock, server_hostname=host)
-            except BaseException:
-                sock.close()
-                raise
-        raise failure
+        sock = self.dial(origin, timeout)
+        if origin[0] == "http":
+            return sock
+        try:
+            return self.tls.wrap_socket(sock, server_hostname=origin[1])
+        except BaseException:
+            sock.close()
+            raise
 
 
 class PinnedTransport(httpx2.AsyncBaseTransport):

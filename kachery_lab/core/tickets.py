@@ -2,8 +2,9 @@
 
 A ticket names one request exactly: method, object path, size, who asked, until when. A capability names a reader: who,
 which channel, which epoch of the channel; what it opens is decided anew on each request. Both carry what the credential
-that asked left of its subject's roles, and that credential if it can end by itself. Both are one URL segment: base64url
-of compact JSON, a dot, base64url of HMAC-SHA256 over the kind and that JSON.
+that asked left of its subject's roles, and that credential if it can end by itself. A band token names a node on the
+bands of one channel, for the protocol of 2021. Each is one URL segment: base64url of compact JSON, a dot, base64url of
+HMAC-SHA256 over the kind and that JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Ticket:
 
     `principal` is the subject on whose behalf it was issued, as `kind:name`; its rights are checked again at use, and
     give no more than `ceiling`, and nothing when the token with the id `token` is no longer in force (None: no token).
+    `announced`: room for the upload is held, and it counts only once it is finished by a further request.
+    `on_demand`: the object is put there because somebody asked for it, which is no upload.
     """
 
     method: Literal["GET", "PUT"]
@@ -42,9 +45,12 @@ class Ticket:
     expires: int
     nonce: str
     size: int | None = None
+    on_demand: bool = False
+    lease: str | None = None
     ceiling: int = int(Role.ALL)
     token: str | None = None
     v: int = VERSION
+    announced: bool = False
 
     def check(self, method: str, now: float) -> None:
         """Raises Forbidden unless this ticket allows the method now. A GET ticket also allows HEAD."""
@@ -70,8 +76,28 @@ class Capability:
     v: int = VERSION
 
 
+@dataclass(frozen=True, slots=True)
+class BandToken:
+    """Lets a node connect to the bands of one channel until `expires`. `capability` is the most that it may do there,
+    by band name; its roles are checked again at each use. Times in ms since 1970."""
+
+    node: str
+    channel: str
+    capability: dict[str, list[str]]
+    issued: int
+    expires: int
+    nonce: str
+    v: int = VERSION
+
+    def check(self, now: float) -> None:
+        """Raises Forbidden unless the token was issued for the present time; whether it has expired is not looked at.
+        `now` in ms since 1970."""
+        if self.v != VERSION or self.issued > now + SKEW_SECONDS * 1000:
+            raise Forbidden("this token was not issued for the present time", hint="Ask for a new one")
+
+
 class Signer:
-    """Makes and opens tickets and capabilities with one secret key of 32 bytes."""
+    """Makes and opens tickets, capabilities and band tokens with one secret key of 32 bytes."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -83,6 +109,10 @@ class Signer:
     def capability(self, capability: Capability) -> str:
         """The URL segment of a capability."""
         return self._seal("capability", asdict(capability))
+
+    def band_token(self, token: BandToken) -> str:
+        """The text of a band token."""
+        return self._seal("band token", asdict(token))
 
     def open_ticket(self, text: str) -> Ticket:
         """The ticket in a URL segment; its time is not checked yet. Raises Forbidden."""
@@ -99,6 +129,14 @@ class Signer:
             return Capability(**fields)
         except TypeError:
             raise _unknown("capability") from None
+
+    def open_band_token(self, text: str) -> BandToken:
+        """The band token in a text; its time is not checked yet. Raises Forbidden."""
+        fields = self._open("band token", text)
+        try:
+            return BandToken(**fields)
+        except TypeError:
+            raise _unknown("band token") from None
 
     def _seal(self, kind: str, fields: Mapping[str, Any]) -> str:
         data = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
@@ -125,7 +163,7 @@ class Signer:
 
 
 def _unknown(kind: str) -> Forbidden:
-    return Forbidden(f"this {kind} was not issued by this server", hint="Ask for a new URL")
+    return Forbidden(f"this {kind} was not issued by this server", hint="Ask for a new one")
 
 
 def _encode(data: bytes) -> str:

@@ -51,3 +51,11 @@ def authenticate(request: HTTPConnection) -> Principal:
     raise Unauthenticated(
         "this needs a credential", hint="Send `Authorization: Bearer <token>` or `KACHERY-CLIENT-AUTH-CODE: <code>`"
     )
+
+
+def caller(request: HTTPConnection) -> Principal | None:
+    """Like `authenticate`, but None when no credential of a kind that counts here is sent."""
+    from_socket = request.scope.get("state", {}).get(SOCKET_STATE)
+    if from_socket or bearer(request) is not None or request.headers.get(CODE_HEADER):
+        return authenticate(request)
+    return None

@@ -25,6 +25,7 @@ STATUS: Mapping[type[KacheryLabError], int] = {
     errors.Conflict: 409,
     errors.Collision: 409,
     errors.FeedPosition: 409,
+    errors.FeedFork: 409,
     errors.RequestIdReused: 409,
     errors.Gone: 410,
     errors.Quarantined: 410,

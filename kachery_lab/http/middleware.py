@@ -17,12 +17,17 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kachery_lab.errors import UnknownHost
+from kachery_lab.errors import Forbidden, KacheryLabError, UnknownHost
 from kachery_lab.http.errors import problem, unexpected
 from kachery_lab.observability.logging import RateLimited, redact_text
 from kachery_lab.observability.request_lines import RequestLogger, request_logger
 
 ALLOW_METHODS = b"GET,HEAD,PUT,PATCH,POST,DELETE"
+
+OPEN_TO_PAGES = ("/sha1/", "/bucket/upload/")
+EXPOSED = b"Content-Length, Content-Range, Accept-Ranges, ETag, Content-Disposition, Content-Encoding"
+_TO_ANY_PAGE = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", EXPOSED)]
+PREFLIGHT_SECONDS = b"86400"
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _MOST_ECHOED = 2048
@@ -89,7 +94,14 @@ class HostCheck:
 async def _refuse_host(scope: Scope, receive: Receive, send: Send) -> None:
     hint = "Name this host in KACHERY_LAB_ALLOWED_HOSTS, or use the machine's own name or its address."
     error = UnknownHost("The Host header names a machine that this server does not answer for.", hint=hint)
-    if scope["type"] == "http" or "websocket.http.response" in scope.get("extensions", {}):
+    if scope["type"] == "http":
+        await problem(error)(scope, receive, send)
+    else:
+        await _refuse_socket(error, scope, receive, send)
+
+
+async def _refuse_socket(error: KacheryLabError, scope: Scope, receive: Receive, send: Send) -> None:
+    if "websocket.http.response" in scope.get("extensions", {}):
         await problem(error)(scope, receive, send)
     else:
         await send({"type": "websocket.close", "code": 1008})
@@ -116,23 +128,42 @@ class Cors:
     """Every answer names the origin that may see it; OPTIONS on any path is 204, before any authorisation.
 
     Never reflects an origin that is not listed and never allows credentials: no answer here depends on a cookie.
+    Below `OPEN_TO_PAGES` any page may read: what is not public needs a ticket in its address, or a token, and who
+    has that needs no browser.
     """
 
-    def __init__(self, app: ASGIApp, origins: tuple[str, ...] = ("http://localhost:3000",)) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        origins: tuple[str, ...] = ("http://localhost:3000",),
+        open_to_pages: tuple[str, ...] = OPEN_TO_PAGES,
+    ) -> None:
         if "*" in origins and origins != ("*",):
             raise ValueError("`*` stands alone or not at all")
         self.app = app
         self.origins = origins
+        self.open_to_pages = open_to_pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._socket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        allowed = allow_origin(self.origins, _header(scope, b"origin"))
-        added = [] if allowed is None else [(b"access-control-allow-origin", allowed)]
-        if allowed != b"*":
-            added.append((b"vary", b"Origin"))
+        any_page = scope["path"].startswith(self.open_to_pages)
+        if any_page:
+            added = _TO_ANY_PAGE.copy()
+        else:
+            allowed = allow_origin(self.origins, _header(scope, b"origin"))
+            added = [] if allowed is None else [(b"access-control-allow-origin", allowed)]
+            if allowed != b"*":
+                added.append((b"vary", b"Origin"))
         if scope["method"] == "OPTIONS":
+            if any_page:
+                added.append((b"access-control-max-age", PREFLIGHT_SECONDS))
+            if _header(scope, b"access-control-request-private-network") == b"true":
+                added.append((b"access-control-allow-private-network", b"true"))
             wanted = _header(scope, b"access-control-request-headers")
             added += [(b"access-control-allow-methods", ALLOW_METHODS), (b"content-length", b"0")]
             if wanted is not None:
@@ -151,6 +182,17 @@ class Cors:
             await send(message)
 
         await self.app(scope, receive, send_with_origin)
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Browsers open WebSockets to anywhere and only say for which page: one that is not listed is refused."""
+        origin = _header(scope, b"origin")
+        if origin is None or allow_origin(self.origins, origin) in (b"*", origin):
+            await self.app(scope, receive, send)
+            return
+        hint = "Name the page's origin in KACHERY_LAB_CORS_ORIGINS."
+        await _refuse_socket(
+            Forbidden("Pages of this origin may not use this server.", hint=hint), scope, receive, send
+        )
 
 
 class SafetyHeaders:

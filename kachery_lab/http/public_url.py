@@ -9,6 +9,7 @@ from functools import lru_cache
 from starlette.requests import HTTPConnection
 
 from kachery_lab.http.context import node_of
+from kachery_lab.services.channel_files import Found
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,255}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
@@ -38,6 +39,17 @@ def base_url(request: HTTPConnection) -> str:
         name = f"[{name}]" if ":" in name else name
         host = name if port is None else f"{name}:{port}"
     return f"{scheme}://{host}{prefix}"
+
+
+def file_url(request: HTTPConnection, found: Found) -> str:
+    """The address at which the one who looked for a file reads it."""
+    url = f"{base_url(request)}/sha1/{found.sha1}"
+    return url if found.ticket is None else f"{url}?ticket={found.ticket}"
+
+
+def upload_url(request: HTTPConnection, ticket: str) -> str:
+    """Where the bytes of an upload are PUT."""
+    return f"{base_url(request)}/bucket/upload/{ticket}"
 
 
 def _last(request: HTTPConnection, name: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import socket
 import struct
 import termios
 from http import HTTPStatus
@@ -28,6 +29,7 @@ from kachery_lab.http.deadlines import EdgeLimits, RequestTooSlow, Sweeper, Swep
 from kachery_lab.http.errors import PROBLEM_TYPE, problem_document, problem_headers
 from kachery_lab.http.middleware import allow_origin
 from kachery_lab.http.request_head import Head, HeadLimits, Refused, check_partial, find_origin, parse_head
+from kachery_lab.http.websocket import MAX_FRAME, PING_SECONDS, PONG_SECONDS, websocket_class
 from kachery_lab.observability.logging import bad_requests
 
 _HEAD, _LENGTH, _CHUNKED, _UPGRADED, _ENDING = range(5)
@@ -67,6 +69,9 @@ class GuardedProtocol(HttpToolsProtocol, Swept):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvloop leaves Nagle's algorithm on for sockets that were bound elsewhere: the second of two small frames, or a
+        # body behind its head, would wait 40 ms for the client's acknowledgement of the first.
+        _send_at_once(transport)
         self.sweeper.watch(self.loop, self.connections)
         most = self.limits.max_connections
         if len(self.connections) > most:
@@ -359,6 +364,12 @@ class GuardedProtocol(HttpToolsProtocol, Swept):
                 self._refuse(408, RequestTooSlow(text))
 
 
+def _send_at_once(transport: asyncio.Transport) -> None:
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def protocol_class(limits: EdgeLimits, origins: tuple[str, ...]) -> type[GuardedProtocol]:
     """A protocol class with these limits, and a sweeper of its own."""
 
@@ -383,11 +394,15 @@ def build_server(
 ) -> uvicorn.Server:
     """The server for `app`. Give the listening sockets to `serve(sockets=...)`; logging is configured by the caller."""
     kept = limits or EdgeLimits()
+    http = protocol_class(kept, cors_origins)
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=protocol_class(kept, cors_origins),
-        ws="websockets-sansio",
+        http=http,
+        ws=websocket_class(kept, http.sweeper),
+        ws_max_size=MAX_FRAME,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PONG_SECONDS,
         # Nothing that a client compressed is decoded here.
         ws_per_message_deflate=False,
         lifespan="on",

@@ -35,6 +35,12 @@ TABLES: tuple[Table, ...] = (
     models.authorizations,
     models.passcodes,
     models.membership_passcodes,
+    models.clients,
+    models.enrolment_codes,
+    models.user_profiles,
+    models.quotas,
+    models.task_functions,
+    models.task_grants,
 )
 """In the order in which rows can be inserted."""
 
@@ -55,7 +61,8 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A channel and its limits: bytes in all, bytes of one object, days that an object stays. None: no limit."""
+    """A channel and its limits: bytes and objects in all, bytes of one object, days that an object stays. None: no
+    limit."""
 
     name: str
     owner: str
@@ -68,6 +75,7 @@ class Channel:
     resource_id: str
     sealed_resource_key: bytes
     epoch: int
+    max_objects: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,40 @@ class Passcode:
     created_at: int
 
 
+@dataclass(frozen=True, slots=True)
+class ClientRecord:
+    """A client key. `user`: whose it is; None while it waits for approval. Times in ms since 1970."""
+
+    client_id: str
+    user: str | None
+    label: str
+    created_at: int
+    approved_at: int | None
+    asked_as: str
+    asked_from: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolmentCode:
+    """A code that registers client keys of one user, without its text. Times in ms since 1970."""
+
+    id: str
+    user: str
+    label: str
+    created_at: int
+    expires_at: int
+    uses_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one subject may have in all channels together. None: no limit."""
+
+    subject: str
+    max_bytes: int | None
+    max_objects: int | None
+
+
 @dataclass(slots=True)
 class _Snapshot:
     users: dict[str, int] = field(default_factory=dict)
@@ -101,6 +143,11 @@ class _Snapshot:
     authorizations: dict[tuple[str, str, str], Role] = field(default_factory=dict)
     passcodes: dict[tuple[str, str], Passcode] = field(default_factory=dict)
     shown: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    clients: dict[str, ClientRecord] = field(default_factory=dict)
+    enrolment_codes: dict[str, EnrolmentCode] = field(default_factory=dict)
+    quotas: dict[str, Quota] = field(default_factory=dict)
+    run_limits: dict[tuple[str, str], int] = field(default_factory=dict)
+    task_grants: dict[tuple[str, str], dict[tuple[str, str], Role]] = field(default_factory=dict)
 
 
 class AccessData:
@@ -169,9 +216,34 @@ class AccessData:
         """By channel and digest."""
         return self._now.passcodes
 
+    @property
+    def clients(self) -> dict[str, ClientRecord]:
+        """Client keys by id, those that wait included."""
+        return self._now.clients
+
+    @property
+    def enrolment_codes(self) -> dict[str, EnrolmentCode]:
+        """By digest."""
+        return self._now.enrolment_codes
+
+    @property
+    def quotas(self) -> dict[str, Quota]:
+        """By subject, as `kind:name`."""
+        return self._now.quotas
+
     def shown_passcodes(self, channel: str, node_id: str) -> frozenset[str]:
         """Digests of the passcodes that a membership shows."""
         return self._now.shown.get((channel, node_id), frozenset())
+
+    @property
+    def run_limits(self) -> dict[tuple[str, str], int]:
+        """Seconds that a backend may keep a task, by channel and function; `*`: functions without an entry."""
+        return self._now.run_limits
+
+    @property
+    def task_grants(self) -> dict[tuple[str, str], dict[tuple[str, str], Role]]:
+        """By channel and function: who alone may request or provide it, by kind and name of the subject."""
+        return self._now.task_grants
 
     def channel(self, name: str) -> Channel:
         """Raises NotFound."""
@@ -205,6 +277,15 @@ class AccessData:
         if found.owner == user:
             return Role.ALL
         return self._now.authorizations.get((channel, "user", user), Role.NONE)
+
+    def client_roles(self, channel: str, client_id: str) -> Role:
+        """Effective roles of a client key: its own authorization if it has one, else its user's roles. A key that
+        nobody registered, or that waits for approval, has none."""
+        client = self._now.clients.get(client_id)
+        if client is None or client.user is None:
+            return Role.NONE
+        own = self._now.authorizations.get((channel, "client", client_id))
+        return self.user_roles(channel, client.user) if own is None else own
 
     # -- the copy on the volume ----------------------------------------------------------------------------------
 
@@ -263,6 +344,19 @@ def _read(conn: Connection) -> _Snapshot:
     for row in conn.execute(select(models.membership_passcodes)):
         key = (row.channel, row.node_id)
         new.shown[key] = new.shown.get(key, frozenset()) | {row.digest}
+    for row in conn.execute(select(models.clients)):
+        new.clients[row.client_id] = ClientRecord(*row)
+    for row in conn.execute(select(models.enrolment_codes)):
+        new.enrolment_codes[row.digest] = EnrolmentCode(
+            row.id, row.user, row.label, row.created_at, row.expires_at, row.uses_left
+        )
+    for row in conn.execute(select(models.quotas)):
+        new.quotas[row.subject] = Quota(*row)
+    for row in conn.execute(select(models.task_functions)):
+        new.run_limits[row.channel, row.function_id] = row.max_run_seconds
+    for row in conn.execute(select(models.task_grants)):
+        granted = new.task_grants.setdefault((row.channel, row.function_id), {})
+        granted[row.subject_kind, row.subject] = Role(row.granted)
     return new
 
 

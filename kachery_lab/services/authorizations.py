@@ -7,7 +7,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from sqlalchemy import Connection, delete
@@ -59,7 +59,7 @@ class AuthorizationService:
         what = f"{channel} {kind}:{subject}"
         async with self._audit.action(actor, "authorization.grant", what, ", ".join(role_names(roles))) as act:
             self._channels.require_owner(actor, channel)
-            name = self._subject(kind, subject)
+            name = parse_subject(kind, subject)
             if not roles:
                 raise InvalidInput("roles: expected at least one", hint="Remove the authorization instead")
             row = {"granted": int(roles), "created_at": int(time.time() * 1000)}
@@ -89,15 +89,38 @@ class AuthorizationService:
             )
             await self._data.change(act.recorded(lambda conn: conn.execute(statement).rowcount))
 
-    @staticmethod
-    def _subject(kind: SubjectKind, subject: str) -> str:
-        if kind == "node":
-            return NodeId.parse(subject, "subject")
-        if kind == "user":
-            return UserName.parse(subject, "subject")
-        if kind == "client" and _CLIENT_ID.fullmatch(subject):
-            return subject
-        raise InvalidInput("subject: expected a node id, a user name or a client id, and its kind")
+    async def set_users(self, actor: Principal, channel: str, reach: Role, users: Mapping[UserName, Role]) -> None:
+        """Set which roles of `reach` each user is granted; users who are not named lose these, and roles beyond `reach`
+        stay as they are. All of it is one change."""
+        async with self._audit.action(actor, "authorization.grant", f"{channel} users") as note:
+            self._channels.require_owner(actor, channel)
+            known = {
+                s: roles for (c, kind, s), roles in self._data.authorizations.items() if (c, kind) == (channel, "user")
+            }
+            wanted = {
+                name: known.get(name, Role.NONE) & ~reach | users.get(UserName(name), Role.NONE)
+                for name in {*known, *users}
+            }
+            changed = {name: roles for name, roles in wanted.items() if roles != known.get(name, Role.NONE)}
+            note("; ".join(f"{name}: {', '.join(role_names(roles))}" for name, roles in sorted(changed.items())))
+            now = int(time.time() * 1000)
+
+            def change(conn: Connection) -> None:
+                for name, roles in changed.items():
+                    conn.execute(
+                        delete(authorizations).where(
+                            authorizations.c.channel == channel,
+                            authorizations.c.subject_kind == "user",
+                            authorizations.c.subject == name,
+                        )
+                    )
+                    if roles:
+                        add_user(conn, name)
+                        row = {"channel": channel, "subject_kind": "user", "subject": name}
+                        conn.execute(insert(authorizations).values(**row, granted=int(roles), created_at=now))
+
+            if changed:
+                await self._data.change(change)
 
     # -- memberships: the node's owner asks ----------------------------------------------------------------------
 
@@ -216,6 +239,17 @@ class AuthorizationService:
                 raise NotFound(f"{channel} has no passcode {passcode_id!r}")
             statement = delete(passcodes).where(passcodes.c.channel == channel, passcodes.c.id == passcode_id)
             await self._data.change(act.recorded(lambda conn: conn.execute(statement).rowcount))
+
+
+def parse_subject(kind: str, subject: str) -> str:
+    """The name of a subject of this kind. Raises InvalidInput."""
+    if kind == "node":
+        return NodeId.parse(subject, "subject")
+    if kind == "user":
+        return UserName.parse(subject, "subject")
+    if kind == "client" and _CLIENT_ID.fullmatch(subject):
+        return subject
+    raise InvalidInput("subject: expected a node id, a user name or a client id, and its kind")
 
 
 def _show(conn: Connection, channel: str, node_id: str, digests: Iterable[str]) -> None:

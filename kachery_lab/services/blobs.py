@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, delete, select
 
@@ -25,9 +25,12 @@ from kachery_lab.db.models import blobs
 from kachery_lab.errors import LinkChanged, NotFound, Quarantined, StorageFull, Unavailable
 from kachery_lab.services import blob_index
 from kachery_lab.services.links import LinkService
-from kachery_lab.services.origins import OriginService
+from kachery_lab.services.origins import LOCAL, OriginService
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.shares import Shares
+
+if TYPE_CHECKING:
+    from kachery_lab.services.resources import ResourceService
 
 FOUND = Principal("operator", "found on the volume")
 SMALL = 1 << 20
@@ -106,6 +109,7 @@ class BlobService:
         self._min_free = min_free
         self._uploads = Shares(max_uploads, "uploads", "KACHERY_LAB_MAX_UPLOADS")
         self.origins: OriginService | None = None
+        self.resources: ResourceService | None = None
         # What is known to be indexed, with the fingerprint of the last verification: saves a query for each read.
         self._known: OrderedDict[str, Fingerprint | None] = OrderedDict()
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -114,9 +118,16 @@ class BlobService:
 
     # -- storing -------------------------------------------------------------------------------------------------
 
-    async def store(self, stream: AsyncIterable[bytes | bytearray], claim: Claim, principal: Principal) -> StoredBlob:
-        """Store a stream, durable on return, its manifest too. Raises what `receive` raises, StorageFull, and
-        TooManyRequests for a caller with too many under way; nothing is left then."""
+    async def store(
+        self,
+        stream: AsyncIterable[bytes | bytearray],
+        claim: Claim,
+        principal: Principal,
+        also: Callable[[Connection, int], None] | None = None,
+    ) -> StoredBlob:
+        """Store a stream, durable on return, its manifest too; `also` gets the size in the commit of the index row.
+        Raises what `receive` and `also` raise, StorageFull, and TooManyRequests for a caller with too many under way;
+        nothing is left when it is not `also`."""
         room = None
         if claim.size is not None and (claim.size > SMALL or self._min_free):
             room = await self._room()
@@ -126,7 +137,7 @@ class BlobService:
             since = self._deletions
             guarded = self._leaving_room(stream) if self._min_free else stream
             received = await receive(self.store_on_volume, guarded, claim)
-        return await self._index(received, principal, since)
+        return await self._index(received, principal, since, also)
 
     async def _room(self) -> int:
         return await self.store_on_volume.disk.run(self.store_on_volume.free_bytes) - self._min_free
@@ -157,25 +168,59 @@ class BlobService:
         """Store the manifest of a content with these chunks; None when there is no more than one."""
         if not chunks:
             return None
-        return (await self.store_bytes(manifest_bytes(size, sha1, chunks), principal)).sha1
+        text = manifest_bytes(size, sha1, chunks)
+        # It tells about the file, so it may go where the file may.
+        await self.inherit_origins(Sha1(hashlib.sha1(text, usedforsecurity=False).hexdigest()), [sha1])
+        return (await self.store_bytes(text, principal)).sha1
 
-    async def _index(self, received: Received, principal: Principal, since: int) -> StoredBlob:
-        manifest = await self.store_manifest(received.size, received.sha1, received.chunks, principal)
-        if not await self._write_row(blob_index.row_of(received, manifest, principal), received.fingerprint, since):
-            raise Unavailable(f"{received.sha1} was deleted while it was stored", retry_after=1)
+    async def inherit_origins(self, sha1: Sha1, parts: Sequence[str]) -> None:
+        """Note, before it is stored, that what is made of these parts comes from the channels that they came through.
+        What is here already also keeps what is known of it."""
+        if self.origins is None:
+            return
+        for part in parts:
+            found = await self.origins.of(part)
+            if LOCAL not in found:
+                here = await self.store_on_volume.stat(sha1) is not None
+                for origin in sorted(found):
+                    await self.origins.arriving(sha1, origin, here=here)
+
+    async def _index(
+        self,
+        received: Received,
+        principal: Principal,
+        since: int,
+        also: Callable[[Connection, int], None] | None = None,
+    ) -> StoredBlob:
         if not received.new and self.origins is not None and principal.kind != "operator":
             await self.origins.stored_here(received.sha1)
+        manifest = await self.store_manifest(received.size, received.sha1, received.chunks, principal)
+        row = blob_index.row_of(received, manifest, principal)
+        if not await self._write_row(row, received.fingerprint, since, also):
+            raise Unavailable(f"{received.sha1} was deleted while it was stored", retry_after=1)
         return StoredBlob(received.sha1, received.size, manifest, received.new)
 
-    async def _write_row(self, row: dict[str, Any], fingerprint: Fingerprint, since: int) -> bool:
+    async def _write_row(
+        self,
+        row: dict[str, Any],
+        fingerprint: Fingerprint,
+        since: int,
+        also: Callable[[Connection, int], None] | None = None,
+    ) -> bool:
         """Index a file; False when it was deleted after `since`, a value of the deletion counter."""
         sha1: str = row["sha1"]
+
+        def commit(conn: Connection) -> None:
+            blob_index.upsert(conn, row)
+            if also is not None:
+                also(conn, row["size"])
+
         async with self._lock(sha1):
             if self._deletions != since:
                 path = self.store_on_volume.layout.blob(sha1)
                 if not await self.store_on_volume.disk.run(present, path):
                     return False
-            await self._database.write(lambda conn: blob_index.upsert(conn, row))
+            await self._database.write(commit)
         self._remember(sha1, fingerprint)
         return True
 
@@ -258,6 +303,8 @@ class BlobService:
         """No such file: a linked one, a quarantined one, or none."""
         file = await self._links.open(sha1, SMALL)
         if file is not None:
+            return await self._linked_content(sha1, file)
+        if self.resources is not None and (file := await self.resources.open(sha1)) is not None:
             return await self._linked_content(sha1, file)
         if await self.store_on_volume.disk.run(self.store_on_volume.quarantined, sha1):
             raise _quarantined(sha1)

@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, delete, func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, select
 
 from kachery_lab.core.ids import Sha1
 from kachery_lab.core.objects import ObjectPath
 from kachery_lab.db.engine import Database
-from kachery_lab.db.models import bucket_objects, channels, tombstones
-from kachery_lab.errors import Conflict, NotFound, StorageFull
+from kachery_lab.db.models import bucket_objects, tombstones
+from kachery_lab.errors import Conflict, NotFound
+from kachery_lab.services import bucket_index
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.blobs import BlobService, Content
+from kachery_lab.services.bucket_feeds import FEED_KINDS, BucketFeeds
+from kachery_lab.services.bucket_index import Reference as Reference
 from kachery_lab.services.logs import LogWriter, to_line
+from kachery_lab.services.quotas import Charge, Quotas
 from kachery_lab.services.subjects import RoleService, Subject
+from kachery_lab.services.usage import count_upload
 
+T = TypeVar("T")
+_KNOWN = 100_000
 Change = Callable[[Connection], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """An object of a bucket. `stored_at` in ms since 1970."""
-
-    channel: str
-    path: str
-    sha1: Sha1
-    size: int
-    label: str
-    principal: str
-    stored_at: int
-    on_demand: bool
 
 
 class BucketService:
     """References are kept in the records log and indexed; content is read through the blobs' own rules."""
 
     def __init__(
-        self, data: AccessData, roles: RoleService, database: Database, log: LogWriter, blobs: BlobService
+        self,
+        data: AccessData,
+        roles: RoleService,
+        database: Database,
+        log: LogWriter,
+        blobs: BlobService,
+        feeds: BucketFeeds,
     ) -> None:
         self._data = data
         self._roles = roles
         self._database = database
         self._log = log
         self._blobs = blobs
+        self.quotas = Quotas(data, feeds.shown_bytes)
+        # References that were looked up lately: all changes go through here, so what is kept is what the index has.
+        self._known: OrderedDict[tuple[str, str], Reference] = OrderedDict()
+        self._changes = 0
+        # A caller gave up waiting: its change may still be committed, and nothing is kept until the log is idle.
+        self._uncertain = False
+        data.listeners.append(self._forget_known)
+        self._feeds = feeds
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -62,19 +69,67 @@ class BucketService:
 
     async def find(self, channel: str, path: str) -> Reference | None:
         """The reference at a path, None when there is none. No rights are checked."""
-        statement = select(bucket_objects).where(bucket_objects.c.channel == channel, bucket_objects.c.path == path)
-        row = await self._database.read(lambda conn: conn.execute(statement).one_or_none())
-        return None if row is None else _reference(row)
+        if self._uncertain and not self._log.busy:
+            self._forget_known()
+            self._uncertain = False
+        known = self._known.get((channel, path))
+        if known is not None and not self._uncertain:
+            return known
+        since = self._changes
+        row = await self._database.read(lambda conn: conn.execute(bucket_index.one(channel, path)).one_or_none())
+        if row is None:
+            return None
+        found = bucket_index.reference(row)
+        # What changed while it was read may be older than the change.
+        if since == self._changes and not self._uncertain:
+            self._known[channel, path] = found
+            if len(self._known) > _KNOWN:
+                self._known.popitem(last=False)
+        return found
 
-    async def list(self, channel: str, after: str, limit: int) -> list[Reference]:
+    def _forget_known(self) -> None:
+        self._changes += 1
+        self._known.clear()
+
+    async def _change(self, record: dict[str, Any], commit: Callable[[Connection], T]) -> T:
+        """Append one record and index it. What was known of its object, or of all when it names none, is forgotten
+        before and after: a look-up in between sees the one or the other, and nobody keeps the older."""
+        key = (record.get("channel", ""), record.get("path", ""))
+        try:
+            self._changes += 1
+            return await self._log.append([to_line(record)], commit)
+        except BaseException:
+            self._uncertain = True
+            raise
+        finally:
+            self._changes += 1
+            if key[1]:
+                self._known.pop(key, None)
+            else:
+                self._known.clear()
+
+    async def everywhere(self, path: str) -> Sequence[Reference]:
+        """References at a path in all channels, by channel. No rights are checked."""
+        statement = select(bucket_objects).where(bucket_objects.c.path == path).order_by(bucket_objects.c.channel)
+        sha1 = path.rpartition("/")[2]
+        # By the index on the hash: of a file it is the end of its path.
+        statement = statement.where(bucket_objects.c.sha1 == sha1)
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return [bucket_index.reference(row) for row in rows]
+
+    async def is_deleted(self, channel: str, path: str) -> bool:
+        """Whether an object was deleted in a channel and is not back."""
+        return await self._database.read(lambda conn: bucket_index.is_deleted(conn, channel, path))
+
+    async def list(self, channel: str, after: str, limit: int) -> Sequence[Reference]:
         """References whose path comes after `after`, by path. No rights are checked."""
         statement = select(bucket_objects).where(bucket_objects.c.channel == channel, bucket_objects.c.path > after)
         statement = statement.order_by(bucket_objects.c.path).limit(limit)
         rows = await self._database.read(lambda conn: conn.execute(statement).all())
-        return [_reference(row) for row in rows]
+        return [bucket_index.reference(row) for row in rows]
 
-    async def open(self, channel: str, path: ObjectPath, reader: Subject | None) -> tuple[Reference, Content]:
-        """Verified content of an object; the caller closes it.
+    async def open(self, channel: str, path: ObjectPath, reader: Subject | None) -> tuple[Sha1, Content]:
+        """Name and verified content of an object; the caller closes it.
 
         A known reader without the role gets Forbidden, whether the object is there or not; nobody in particular gets
         NotFound for everything in a private channel.
@@ -82,10 +137,16 @@ class BucketService:
         allowed = self.may_read(channel, path, reader)
         if reader is not None and not allowed:
             self._roles.require(reader, channel, path.request)
+        if allowed and path.kind in FEED_KINDS:
+            found = await self._feeds.document(channel, path)
+            if found is None:
+                raise NotFound("there is no such object in this channel")
+            name = Sha1(hashlib.sha1(found, usedforsecurity=False).hexdigest())
+            return name, Content(self._blobs.store_on_volume, found, None)
         reference = await self.find(channel, path.text) if allowed else None
         if reference is None or (reference.on_demand and reader is None):
             raise NotFound("there is no such object in this channel")
-        return reference, await self._blobs.open(reference.sha1)
+        return reference.sha1, await self._blobs.open(reference.sha1)
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -99,11 +160,16 @@ class BucketService:
         *,
         label: str = "",
         on_demand: bool = False,
+        reserved: bool = False,
+        then: Callable[[Connection], None] = lambda conn: None,
     ) -> bool:
-        """Add a reference, durable on return; whether it is new. `sha1` must be stored.
+        """Add a reference, durable on return; whether it is new. `sha1` must be stored. `reserved`: room for it is held
+        already; `then` runs in the same commit.
 
         Raises Forbidden when the right is gone meanwhile, Conflict when a file or message with other content is there,
-        StorageFull over the channel's limit. An upload ends a tombstone; an on-demand reference is not made over one.
+        StorageFull over a limit of the channel or the owner. An upload ends a tombstone, and makes an on-demand
+        reference its own; an on-demand reference changes nothing that is there, and is not made over a tombstone:
+        NotFound.
         """
         self._roles.require(owner, channel, path.provide)
         record = {
@@ -117,43 +183,69 @@ class BucketService:
             "at": int(time.time() * 1000),
             "onDemand": on_demand,
         }
-        limit = self._data.channel(channel).max_bytes
+        charge = Charge(channel, path.text, str(owner), size)
 
         def check(conn: Connection) -> bool:
-            known = conn.execute(_one(channel, path.text)).one_or_none()
+            known = conn.execute(bucket_index.one(channel, path.text)).one_or_none()
             if known is not None and known.sha1 != sha1 and path.immutable:
                 raise Conflict(f"another object lies at {path.text} already; it stays")
-            if on_demand and known is None and conn.execute(_tombstone(channel, path.text)).first() is not None:
-                raise NotFound("this object was deleted in this channel", hint="Upload it again")
-            if limit is not None and known is None and _used(conn, channel) + size > limit:
-                raise _full(channel, limit)
-            return known is None or known.sha1 != sha1
+            if (
+                on_demand
+                and known is None
+                and conn.execute(bucket_index.tombstone(channel, path.text)).first() is not None
+            ):
+                raise _deleted()
+            if known is None and not reserved:
+                self.quotas.require(conn, charge)
+            return known is None or not bucket_index.is_kept(known, sha1, on_demand)
 
-        # Looked at before the log is written, so that a refusal leaves no record.
-        if not await self._database.read(check):
+        # Looked at before the log is written, so that a refusal leaves no record. A file whose room is held cannot be
+        # refused: its path names its content.
+        if not (reserved and path.kind == "file" and not on_demand) and not await self._database.read(check):
             return False
 
-        if not await self._log.append([to_line(record)], lambda conn: apply_reference(conn, record)):
+        def commit(conn: Connection) -> bool | None:
+            known = conn.execute(bucket_index.one(channel, path.text)).one_or_none()
+            new = known is None or not bucket_index.is_kept(known, sha1, on_demand)
+            if not bucket_index.apply_reference(conn, record):
+                return None
+            if new and not on_demand:
+                count_upload(conn, channel, str(owner), size)
+            then(conn)
+            return new
+
+        new = await self._change(record, commit)
+        if new is None:
+            if on_demand:
+                raise _deleted()
             raise Conflict(f"another object was stored at {path.text} meanwhile; it stays")
-        return True
+        return new
 
-    async def require_room(self, channel: str, path: ObjectPath, size: int) -> None:
-        """Raises StorageFull when a new object of this size is over the channel's limit now."""
-        limit = self._data.channel(channel).max_bytes
-        if limit is None:
-            return
+    async def require_not_deleted(self, channel: str, path: ObjectPath) -> None:
+        """Raises NotFound when the object was deleted in the channel and not uploaded since."""
+        if await self._database.read(lambda conn: bucket_index.is_deleted(conn, channel, path.text)):
+            raise _deleted()
 
-        def fits(conn: Connection) -> bool:
-            return conn.execute(_one(channel, path.text)).first() is not None or _used(conn, channel) + size <= limit
+    async def require_room(self, channel: str, path: ObjectPath, size: int, owner: Subject) -> None:
+        """Raises StorageFull when a new object of this size is over a limit of the channel or the owner now."""
+        charge = Charge(channel, path.text, str(owner), size)
 
-        if not await self._database.read(fits):
-            raise _full(channel, limit)
+        def check(conn: Connection) -> None:
+            if conn.execute(bucket_index.one(channel, path.text)).first() is None:
+                self.quotas.require(conn, charge)
+
+        await self._database.read(check)
 
     async def forget(
         self, channel: str, path: ObjectPath, by: Subject, *, recorded: Callable[[Change], Change] = lambda fn: fn
     ) -> None:
         """Delete an object in a channel: the reference goes, a tombstone stays, the bytes are not touched. `recorded`
-        adds to the transaction. Raises NotFound."""
+        adds to the transaction. Of feeds only whole subfeeds can go, by their `subfeed.json`, until somebody provides
+        them again. Raises NotFound."""
+        if path.kind in FEED_KINDS:
+            if not await self._feeds.hide(channel, path):
+                raise NotFound("there is no such object in this channel")
+            return
         if await self.find(channel, path.text) is None:
             raise NotFound("there is no such object in this channel")
         record = {
@@ -163,16 +255,64 @@ class BucketService:
             "by": str(by),
             "at": int(time.time() * 1000),
         }
-        await self._log.append([to_line(record)], recorded(lambda conn: apply_delete(conn, record)))
+        await self._change(record, recorded(lambda conn: bucket_index.apply_delete(conn, record)))
+
+    async def restore(self, channel: str, path: ObjectPath, by: Subject) -> Reference:
+        """Undo a deletion: the object is back as it was, with its first uploader and time. Raises NotFound for what was
+        not deleted or can no longer be restored, Conflict when the bytes are gone, StorageFull."""
+        known = await self.deleted(channel, path.text)
+        if known is None:
+            raise NotFound(
+                "there is no deletion that could be undone",
+                hint="It was never there, or its time has passed; upload it",
+            )
+        charge = Charge(channel, path.text, known.principal, known.size)
+        await self._database.read(lambda conn: self.quotas.require(conn, charge))
+        if await self._blobs.store_on_volume.stat(known.sha1) is None:
+            raise Conflict("the bytes are gone from the storage", hint="Upload the file again")
+        record = {
+            "type": "referenceRestore",
+            "channel": channel,
+            "path": path.text,
+            "by": str(by),
+            "at": int(time.time() * 1000),
+        }
+        await self._change(record, lambda conn: bucket_index.apply_restore(conn, record))
+        found = await self.find(channel, path.text)
+        if found is None:
+            raise NotFound("the object was deleted again meanwhile")
+        return found
+
+    async def deleted(self, channel: str, path: str) -> Reference | None:
+        """What a deletion can be undone to; None when there is none."""
+        row = await self._database.read(lambda conn: conn.execute(bucket_index.tombstone(channel, path)).first())
+        return None if row is None or row.sha1 is None else bucket_index.deleted_reference(row)
+
+    async def deletions(self, channel: str, after: str, limit: int) -> Sequence[tuple[Reference, int, str]]:
+        """(Object, when it was deleted, by whom) of deletions that can be undone, by path. No rights are checked."""
+        statement = select(tombstones).where(
+            tombstones.c.channel == channel, tombstones.c.path > after, tombstones.c.sha1.is_not(None)
+        )
+        statement = statement.order_by(tombstones.c.path).limit(limit)
+        rows = await self._database.read(lambda conn: conn.execute(statement).all())
+        return [(bucket_index.deleted_reference(row), row.deleted_at, row.deleted_by) for row in rows]
+
+    async def forget_deletions(self, days: int) -> int:
+        """End the time in which deletions older than `days` can be undone; how many."""
+        record = {"type": "deletionsExpire", "before": int((time.time() - days * 86400) * 1000)}
+        if not await self._database.read(lambda conn: bucket_index.has_old_deletions(conn, record)):
+            return 0
+        return await self._change(record, lambda conn: bucket_index.apply_deletions_expire(conn, record))
 
     async def clear(self, channel: str, *, on_demand_only: bool) -> None:
         """Drop all references of a channel, or those that were made on demand: it is removed, or becomes public."""
         record = {"type": "referenceClear", "channel": channel, "onDemandOnly": on_demand_only}
-        await self._log.append([to_line(record)], lambda conn: apply_clear(conn, record))
+        await self._change(record, lambda conn: bucket_index.apply_clear(conn, record))
+        await self._feeds.clear(channel, gone=not on_demand_only)
 
     async def used(self, channel: str) -> int:
         """Logical bytes of a channel's objects."""
-        return await self._database.read(lambda conn: _used(conn, channel))
+        return await self._database.read(lambda conn: self._feeds.used(conn, channel))
 
     async def expire(self) -> int:
         """Drop references older than their channel's stated retention; how many."""
@@ -180,112 +320,16 @@ class BucketService:
         for channel in list(self._data.channels.values()):
             if channel.retention_days is not None:
                 before = int((time.time() - channel.retention_days * 86400) * 1000)
-                record = {"type": "referenceExpire", "channel": channel.name, "before": before}
-                if await self._database.read(lambda conn, r=record: _expired(conn, r)):  # type: ignore[misc]
-                    count += await self._log.append([to_line(record)], lambda conn, r=record: apply_expire(conn, r))  # type: ignore[misc]
+                if await self._database.read(lambda conn, c=channel.name, b=before: self._feeds.is_expired(conn, c, b)):  # type: ignore[misc]
+                    count += await self._feeds.expire(channel.name, before)
+                count += await self._expire({"type": "referenceExpire", "channel": channel.name, "before": before})
         return count
 
-
-def _full(channel: str, limit: int) -> StorageFull:
-    return StorageFull(f"the channel {channel} is full: its limit is {limit} bytes")
-
-
-def _reference(row: Any) -> Reference:
-    return Reference(
-        row.channel, row.path, Sha1(row.sha1), row.size, row.label, row.principal, row.stored_at, row.on_demand
-    )
+    async def _expire(self, record: dict[str, Any]) -> int:
+        if not await self._database.read(lambda conn: bucket_index.expired(conn, record)):
+            return 0
+        return await self._change(record, lambda conn: bucket_index.apply_expire(conn, record))
 
 
-def _one(channel: str, path: str) -> Any:
-    return select(bucket_objects).where(bucket_objects.c.channel == channel, bucket_objects.c.path == path)
-
-
-def _tombstone(channel: str, path: str) -> Any:
-    return select(tombstones.c.path).where(tombstones.c.channel == channel, tombstones.c.path == path)
-
-
-def _used(conn: Connection, channel: str) -> int:
-    total = select(func.coalesce(func.sum(bucket_objects.c.size), 0)).where(bucket_objects.c.channel == channel)
-    return int(conn.execute(total).scalar_one())
-
-
-def _expired(conn: Connection, record: dict[str, Any]) -> bool:
-    old = select(bucket_objects.c.path).where(
-        bucket_objects.c.channel == record["channel"], bucket_objects.c.stored_at < record["before"]
-    )
-    return conn.execute(old.limit(1)).first() is not None
-
-
-def apply_reference(conn: Connection, record: dict[str, Any]) -> bool:
-    """Index one `reference` record. False for a channel that is gone, and where an object that never changes lies."""
-    if conn.execute(select(channels.c.name).where(channels.c.name == record["channel"])).first() is None:
-        return False
-    known = conn.execute(_one(record["channel"], record["path"])).one_or_none()
-    if known is not None and known.sha1 != record["sha1"] and ObjectPath.parse(record["path"]).immutable:
-        return False
-    row = {
-        "sha1": record["sha1"],
-        "size": record["size"],
-        "label": record["label"],
-        "principal": record["principal"],
-        "stored_at": record["at"],
-        "on_demand": record["onDemand"],
-    }
-    statement = insert(bucket_objects).values(channel=record["channel"], path=record["path"], **row)
-    conn.execute(
-        statement.on_conflict_do_update(index_elements=[bucket_objects.c.channel, bucket_objects.c.path], set_=row)
-    )
-    if not record["onDemand"]:
-        conn.execute(
-            delete(tombstones).where(tombstones.c.channel == record["channel"], tombstones.c.path == record["path"])
-        )
-    return True
-
-
-def apply_delete(conn: Connection, record: dict[str, Any]) -> bool:
-    """Index one `referenceDelete` record."""
-    place = {"channel": record["channel"], "path": record["path"]}
-    gone = conn.execute(
-        delete(bucket_objects).where(
-            bucket_objects.c.channel == record["channel"], bucket_objects.c.path == record["path"]
-        )
-    ).rowcount
-    if gone:
-        conn.execute(
-            insert(tombstones)
-            .values(**place, deleted_at=record["at"], deleted_by=record["by"])
-            .on_conflict_do_nothing()
-        )
-    return gone > 0
-
-
-def apply_expire(conn: Connection, record: dict[str, Any]) -> int:
-    """Index one `referenceExpire` record; how many references went."""
-    return conn.execute(
-        delete(bucket_objects).where(
-            bucket_objects.c.channel == record["channel"], bucket_objects.c.stored_at < record["before"]
-        )
-    ).rowcount
-
-
-def apply_clear(conn: Connection, record: dict[str, Any]) -> int:
-    """Index one `referenceClear` record; how many references went."""
-    statement = delete(bucket_objects).where(bucket_objects.c.channel == record["channel"])
-    if record["onDemandOnly"]:
-        statement = statement.where(bucket_objects.c.on_demand.is_(True))
-    return conn.execute(statement).rowcount
-
-
-APPLY = {
-    "reference": apply_reference,
-    "referenceDelete": apply_delete,
-    "referenceExpire": apply_expire,
-    "referenceClear": apply_clear,
-}
-"""By record type, for replays of the records log."""
-
-
-def clear_index(conn: Connection) -> None:
-    """Forget all references, before the records log is read anew."""
-    conn.execute(delete(bucket_objects))
-    conn.execute(delete(tombstones))
+def _deleted() -> NotFound:
+    return NotFound("this object was deleted in this channel", hint="Upload it again")

@@ -23,7 +23,12 @@ from kachery_lab.services.subjects import Subject
 from kachery_lab.services.users import add_user
 
 DEFAULT = ChannelName("default")
-LIMITS = {"max_bytes": MAX_SAFE_INTEGER, "max_object_bytes": MAX_SAFE_INTEGER, "retention_days": 36_500}
+LIMITS = {
+    "max_bytes": MAX_SAFE_INTEGER,
+    "max_object_bytes": MAX_SAFE_INTEGER,
+    "max_objects": MAX_SAFE_INTEGER,
+    "retention_days": 36_500,
+}
 """The largest value of each limit."""
 
 
@@ -82,6 +87,19 @@ class ChannelService:
             self.require_owner(actor, name)
             by = Subject("user", actor.owner_name)
             await self._buckets.forget(name, ObjectPath.parse(path), by, recorded=act.recorded)
+
+    async def deletions(
+        self, actor: Principal, name: str, after: str, limit: int
+    ) -> Sequence[tuple[Reference, int, str]]:
+        """(Object, when it was deleted, by whom) of deletions that can be undone, by path."""
+        self.require_owner(actor, name)
+        return await self._buckets.deletions(name, after, limit)
+
+    async def restore_object(self, actor: Principal, name: str, path: str) -> Reference:
+        """Undo a deletion. Raises NotFound, Conflict when the bytes are gone, StorageFull."""
+        async with self._audit.action(actor, "object.restore", f"{name}/{path}"):
+            self.require_owner(actor, name)
+            return await self._buckets.restore(name, ObjectPath.parse(path), Subject("user", actor.owner_name))
 
     # -- changing ------------------------------------------------------------------------------------------------
 

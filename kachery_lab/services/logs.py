@@ -131,6 +131,11 @@ class LogWriter:
             ) from error
         self._void = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether something that was handed in, and perhaps given up by its caller, is not committed yet."""
+        return self._worker is not None
+
     async def drain(self) -> None:
         """Wait until everything that was handed in is committed."""
         while self._worker is not None:

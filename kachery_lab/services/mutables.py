@@ -15,7 +15,7 @@ from kachery_lab.core.strict_json import check_signable
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import mutables
 from kachery_lab.errors import Forbidden, InvalidInput
-from kachery_lab.services import buckets, feed_index, origins
+from kachery_lab.services import bucket_index, feed_index, origins
 from kachery_lab.services.logs import LogWriter, to_line
 from kachery_lab.services.principals import Principal
 
@@ -107,8 +107,8 @@ def apply_record(conn: Connection, record: dict[str, Any]) -> None:
         apply_delete(conn, record)
     elif kind == "origin":
         origins.apply_record(conn, record)
-    elif kind in buckets.APPLY:
-        buckets.APPLY[kind](conn, record)
+    elif kind in bucket_index.APPLY:
+        bucket_index.APPLY[kind](conn, record)
     else:
         feed_index.apply_record(conn, record)
 
@@ -116,6 +116,6 @@ def apply_record(conn: Connection, record: dict[str, Any]) -> None:
 def clear_records(conn: Connection) -> None:
     """Forget all that the records log tells, before it is read anew."""
     conn.execute(delete(mutables))
-    buckets.clear_index(conn)
+    bucket_index.clear_index(conn)
     origins.clear(conn)
     feed_index.clear_records_log(conn)

@@ -9,7 +9,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from kachery_lab.core.ids import NodeId, NodeLabel, UserName
 from kachery_lab.core.keys import PublicKey
-from kachery_lab.db.models import authorizations, nodes
+from kachery_lab.db.models import authorizations, nodes, task_grants
 from kachery_lab.errors import Conflict, Forbidden, NotFound
 from kachery_lab.services.access_data import AccessData, NodeRecord
 from kachery_lab.services.audit import Act, AuditService
@@ -157,11 +157,14 @@ class NodeService:
             grants = delete(authorizations).where(
                 authorizations.c.subject_kind == "node", authorizations.c.subject == node_id
             )
+            functions = delete(task_grants).where(
+                task_grants.c.subject_kind == "node", task_grants.c.subject == node_id
+            )
             remove = delete(nodes).where(nodes.c.node_id == node_id)
 
             def change(conn: Connection) -> None:
-                conn.execute(grants)
-                conn.execute(remove)
+                for statement in (grants, functions, remove):
+                    conn.execute(statement)
 
             await self._data.change(act.recorded(change))
 

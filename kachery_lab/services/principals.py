@@ -17,7 +17,8 @@ class Principal:
 
     `local` holds the code from `client-auth`, `browser` one of the additional codes, `user` a token, and `operator`
     reached the admin socket, which only the server's own user can open. `peer` is the network address, if any.
-    `channels` narrows a token to these channels; None: all. `token` is the id of a `user`'s token.
+    `channels` narrows a token to these channels; None: all. `token` is the id of a `user`'s token, which
+    ends at `expires_at`, in ms since 1970.
     """
 
     kind: Kind
@@ -26,6 +27,7 @@ class Principal:
     peer: str | None = None
     channels: frozenset[str] | None = None
     token: str | None = None
+    expires_at: int | None = None
 
     def covers(self, channel: str) -> bool:
         """Whether the credential reaches a channel at all."""

@@ -73,7 +73,7 @@ class RoleService:
         elif subject.kind == "user":
             found = self._data.user_roles(channel, subject.name)
         else:
-            found = self._data.authorizations.get((channel, "client", subject.name), Role.NONE)
+            found = self._data.client_roles(channel, subject.name)
         return found & subject.ceiling
 
     def _has_ended(self, subject: Subject) -> bool:

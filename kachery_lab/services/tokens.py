@@ -16,7 +16,7 @@ from kachery_lab.core.ids import ChannelName, UserName
 from kachery_lab.core.strict_json import MAX_SAFE_INTEGER
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import tokens, users
-from kachery_lab.errors import Conflict, InvalidInput, NotFound
+from kachery_lab.errors import Conflict, Forbidden, InvalidInput, NotFound
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.audit import Act, AuditService
 from kachery_lab.services.principals import SCOPES, Principal
@@ -24,6 +24,8 @@ from kachery_lab.services.principals import SCOPES, Principal
 PREFIX = "klk_"
 ADMIN = UserName("admin")
 MAX_CHANNELS = 100
+API_KEY = "API key of kachery 2"
+"""The label of the token that `resetUserApiKey` makes."""
 _UNCUT = ("client", "admin", "metrics")
 """Scopes that reach beyond channels, so that narrowing a token to channels would not narrow them."""
 
@@ -202,6 +204,34 @@ class TokenService:
             self._by_hash[key] = replace(token, revoked_at=now)
             return self._by_hash[key]
 
+    # -- the API key of kachery 2 --------------------------------------------------------------------------------
+
+    def api_key(self, user: str) -> Token | None:
+        """The API key of a user that is in force."""
+        mine = (token for token in self._by_hash.values() if token.user == user and token.label == API_KEY)
+        return next((token for token in mine if token.in_force(_now())), None)
+
+    async def reset_api_key(self, actor: Principal, user: UserName) -> str:
+        """A new API key of a user, shown this once; the one before it ends. It may do what the caller's token may do of
+        `read` and `write`, in the same channels and as long; an admin's may do both everywhere. Raises Forbidden."""
+        secret = new_secret()
+        async with self._audit.action(actor, "token.create", user) as note:
+            scopes = tuple(scope for scope in ("read", "write") if actor.may("admin") or actor.may(scope))
+            if not scopes:
+                raise Forbidden("this token may neither read nor write, so no API key can be made with it")
+            admin = actor.may("admin")
+            old = [key for key, one in self._by_hash.items() if one.user == user and one.label == API_KEY]
+            expires = None if admin else actor.expires_at
+            token = await self._add(user, scopes, API_KEY, expires, secret, None if admin else actor.channels)
+            now = _now()
+            ended = update(tokens).where(tokens.c.token_hash.in_(old), tokens.c.revoked_at.is_(None))
+            await self._data.change(lambda conn: conn.execute(ended.values(revoked_at=now)).rowcount)
+            for key in old:
+                if self._by_hash[key].revoked_at is None:
+                    self._by_hash[key] = replace(self._by_hash[key], revoked_at=now)
+            note(f"{token.id}: {' '.join(scopes)}, API key")
+        return secret
+
     def _find(self, actor: Principal, token_id: str) -> tuple[str, Token]:
         actor.require("admin")
         key = self._hash_of.get(token_id)
@@ -212,7 +242,7 @@ class TokenService:
 
 def principal(token: Token, peer: str | None) -> Principal:
     """The caller that a token makes."""
-    return Principal("user", token.user, frozenset(token.scopes), peer, token.channels, token.id)
+    return Principal("user", token.user, frozenset(token.scopes), peer, token.channels, token.id, token.expires_at)
 
 
 def _token(row: Row[Any]) -> Token:

@@ -7,24 +7,33 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from time import monotonic
+from typing import Any
+
+from sqlalchemy import Connection
 
 from kachery_lab.core.canonical_json import loads_2021
-from kachery_lab.core.feeds import accept_chain, parse_signed_message
 from kachery_lab.core.ids import NodeId, Sha1
 from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.rates import Rates
 from kachery_lab.core.roles import Role
-from kachery_lab.core.tickets import PUT_SECONDS, Capability, Signer, Ticket
-from kachery_lab.errors import Conflict, ContentMismatch, Forbidden, InvalidInput, TooLarge, TooManyRequests
+from kachery_lab.core.tickets import GET_SECONDS, MAX_GET_SECONDS, PUT_SECONDS, Capability, Signer, Ticket
+from kachery_lab.errors import ContentMismatch, Forbidden, InvalidInput, TooLarge, TooManyRequests
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.blobs import BlobService, Claim
+from kachery_lab.services.bucket_feeds import FEED_KINDS, BucketFeeds
 from kachery_lab.services.buckets import BucketService
 from kachery_lab.services.origins import OriginService
+from kachery_lab.services.pending import Pending, PendingUploads
 from kachery_lab.services.principals import Principal
+from kachery_lab.services.quotas import Charge
 from kachery_lab.services.subjects import RoleService, Subject
+from kachery_lab.services.task_leases import TaskLeaseService
 
+UTF8_BYTES = 3
+"""The most bytes that one UTF-16 unit of a text becomes in UTF-8."""
 SMALL_JSON = 256 * 1024
 MAX_JSON_OBJECT = 100_000_000
 """Bytes of a feed message or a task result."""
@@ -41,6 +50,8 @@ class UploadService:
         blobs: BlobService,
         buckets: BucketService,
         origins: OriginService,
+        pending: PendingUploads,
+        feeds: BucketFeeds,
         hub_id: NodeId,
         rates: Rates,
     ) -> None:
@@ -50,16 +61,33 @@ class UploadService:
         self._blobs = blobs
         self._buckets = buckets
         self._origins = origins
+        self._pending = pending
         self._hub_id = hub_id
         self._rates = rates
+        self._feeds = feeds
+        self.task_leases: TaskLeaseService | None = None
 
     # -- permissions in URLs -------------------------------------------------------------------------------------
 
-    def issue(self, channel: str, path: ObjectPath, size: int | None, owner: Subject) -> str:
-        """The URL segment of an upload ticket, good for one hour. Raises Forbidden naming role and channel, NotFound,
-        TooLarge over the channel's limits, TooManyRequests."""
+    def issue(
+        self,
+        channel: str,
+        path: ObjectPath,
+        size: int | None,
+        owner: Subject,
+        *,
+        announced: bool = False,
+        on_demand: bool = False,
+        lease: str | None = None,
+    ) -> str:
+        """The URL segment of an upload ticket, good for one hour. `announced`: for an upload that holds its room and
+        counts when it is finished; `on_demand`: for what somebody asked for, see `BucketService.refer`; `lease`: of the
+        task whose result this is. Raises Forbidden naming role and channel, NotFound, TooLarge over the channel's
+        limits, TooManyRequests."""
         self._roles.require(owner, channel, path.provide)
-        self._check_size(channel, path, size)
+        if on_demand:
+            self._require_offer(channel, owner)
+        self.check_size(channel, path, size)
         wait = self._rates.wait(str(owner), monotonic())
         if wait:
             raise TooManyRequests(
@@ -69,9 +97,36 @@ class UploadService:
             )
         now = int(time.time())
         ticket = Ticket("PUT", channel, path.text, str(owner), now, now + PUT_SECONDS, secrets.token_hex(8), size)
-        return self._signer.ticket(replace(ticket, ceiling=int(owner.ceiling), token=owner.token))
+        bound = replace(ticket, ceiling=int(owner.ceiling), token=owner.token)
+        return self._signer.ticket(replace(bound, announced=announced, on_demand=on_demand, lease=lease))
 
-    def _check_size(self, channel: str, path: ObjectPath, size: int | None) -> None:
+    def _require_offer(self, channel: str, owner: Subject) -> None:
+        """Raises Forbidden unless the node offers its local files in the channel now."""
+        membership = self._data.memberships.get((channel, owner.name))
+        if owner.kind != "node" or membership is None or membership.offer != "local":
+            raise Forbidden(
+                f"{owner.kind} {owner.name} offers in {channel} only what was uploaded",
+                hint="An offer of local files is part of a node's membership",
+            )
+
+    def issue_read(self, channel: str, path: ObjectPath, reader: Subject, seconds: int = GET_SECONDS) -> str:
+        """The text of a ticket that opens one object for GET and HEAD. Raises Forbidden, InvalidInput."""
+        self._roles.require(reader, channel, path.request)
+        if not 0 < seconds <= MAX_GET_SECONDS:
+            raise InvalidInput(f"expected 1 to {MAX_GET_SECONDS} seconds")
+        now = int(time.time())
+        nonce = secrets.token_hex(8)
+        ticket = Ticket("GET", channel, path.text, str(reader), now, now + seconds, nonce)
+        return self._signer.ticket(replace(ticket, ceiling=int(reader.ceiling), token=reader.token))
+
+    def open_read(self, text: str, method: str) -> tuple[str, ObjectPath, Subject]:
+        """(Channel, path, reader) of a ticket for reading; the reader's rights are not looked at. Raises Forbidden."""
+        ticket = self._signer.open_ticket(text)
+        ticket.check(method, time.time())
+        return ticket.channel, ObjectPath.parse(ticket.path), _bound(ticket)
+
+    def check_size(self, channel: str, path: ObjectPath, size: int | None) -> None:
+        """Raises TooLarge over the channel's limit of one object, NotFound."""
         limit = self._data.channel(channel).max_object_bytes
         if path.kind != "file":
             limit = min(limit or MAX_JSON_OBJECT, MAX_JSON_OBJECT)
@@ -101,16 +156,18 @@ class UploadService:
         ticket = self._signer.open_ticket(segment)
         return _bound(ticket), ticket.channel
 
-    async def adopt(self, channel: str, sha1: Sha1, size: int, owner: Subject) -> bool:
+    async def adopt(self, channel: str, sha1: Sha1, size: int, owner: Subject, *, on_demand: bool = False) -> bool:
         """Put a file that is here already into a bucket; whether the reference is new. Raises what `issue` raises,
         and StorageFull."""
         path = ObjectPath.parse(file_path(sha1))
         self._roles.require(owner, channel, path.provide)
-        self._check_size(channel, path, size)
-        return await self._buckets.refer(channel, path, sha1, size, owner)
+        if on_demand:
+            self._require_offer(channel, owner)
+        self.check_size(channel, path, size)
+        return await self._buckets.refer(channel, path, sha1, size, owner, on_demand=on_demand)
 
     async def receive(self, segment: str, stream: AsyncIterable[bytes], size: int | None, peer: str | None) -> bool:
-        """Honour an upload ticket; whether the object is new. Repeating it with the same bytes is no error.
+        """Honour an upload ticket; whether a file or task result is new. Repeating it with the same bytes is no error.
 
         Raises Forbidden (ticket or rights, checked again after the bytes came), ContentMismatch (hash, size, or a
         message that does not continue its subfeed), Conflict, TooLarge, StorageFull, Unavailable.
@@ -120,13 +177,17 @@ class UploadService:
         path = ObjectPath.parse(ticket.path)
         owner = _bound(ticket)
         self._roles.require(owner, ticket.channel, path.provide)
+        if ticket.on_demand:
+            self._require_offer(ticket.channel, owner)
         expected = ticket.size if ticket.size is not None else size
         if size is not None and ticket.size is not None and size != ticket.size:
             raise ContentMismatch(f"{size} bytes are announced, the ticket is for {ticket.size}")
-        self._check_size(ticket.channel, path, expected)
-        if expected is not None:
+        self.check_size(ticket.channel, path, expected)
+        if ticket.announced:
+            return await self._receive_announced(ticket, path, owner, stream, size, peer)
+        if expected is not None and path.kind not in FEED_KINDS:
             # Before the bytes come; `refer` decides when they are here.
-            await self._buckets.require_room(ticket.channel, path, expected)
+            await self._buckets.require_room(ticket.channel, path, expected, owner)
         principal = Principal("operator", str(owner), peer=peer)
         limit = self._data.channel(ticket.channel).max_object_bytes
         if path.kind == "file":
@@ -138,52 +199,85 @@ class UploadService:
             data = await _gather(stream, min(limit or MAX_JSON_OBJECT, MAX_JSON_OBJECT))
             if expected is not None and len(data) != expected:
                 raise ContentMismatch(f"{len(data)} bytes arrived, {expected} were announced")
-            await self._check_document(ticket.channel, path, data)
+            value = await self._document(data)
+            if path.kind in FEED_KINDS:
+                self._roles.require(owner, ticket.channel, path.provide)
+                await self._feeds.put(ticket.channel, path, value)
+                return True
+            if value is None:
+                raise ContentMismatch("a task result may not be null")
             await self._arriving(Sha1(hashlib.sha1(data, usedforsecurity=False).hexdigest()), ticket.channel)
             stored = await self._blobs.store_bytes(data, principal)
-        return await self._buckets.refer(ticket.channel, path, stored.sha1, stored.size, owner)
+        if ticket.on_demand:
+            self._require_offer(ticket.channel, owner)
+        async with self._committing(ticket, path, owner, stored.sha1):
+            return await self._buckets.refer(
+                ticket.channel, path, stored.sha1, stored.size, owner, on_demand=ticket.on_demand
+            )
+
+    def _committing(
+        self, ticket: Ticket, path: ObjectPath, owner: Subject, sha1: Sha1
+    ) -> AbstractAsyncContextManager[None]:
+        """While it lasts, a task's result may go into the bucket. Raises Conflict when its lease is over."""
+        if path.kind != "task" or path.sha1 is None or self.task_leases is None:
+            return nullcontext()
+        return self.task_leases.committing(ticket.channel, path.sha1, owner, ticket.lease, sha1)
+
+    async def _receive_announced(
+        self,
+        ticket: Ticket,
+        path: ObjectPath,
+        owner: Subject,
+        stream: AsyncIterable[bytes],
+        size: int | None,
+        peer: str | None,
+    ) -> bool:
+        """Store the bytes of an upload that was announced; they get their reference when it is finished."""
+        assert path.sha1 is not None
+        channel = ticket.channel
+        found = await self._pending.find(channel, path.text, str(owner))
+        if found is None:
+            # A repetition of what is finished, by a client that did not see the answer.
+            reference = await self._buckets.find(channel, path.text)
+            if reference is None or reference.on_demand:
+                raise Forbidden("this upload has expired", hint="Announce it again, for a new URL")
+            found = Pending(Charge(channel, path.text, str(owner), reference.size), True, "", True)
+        claim, known = self._claim(channel, path, found, size), found
+
+        def note(conn: Connection, stored: int) -> None:
+            # Who lost the right meanwhile is refused below; then nothing was received either.
+            if not known.received and self._roles.roles(owner, channel) & path.provide:
+                self._pending.received(conn, known, stored)
+
+        with self._pending.arriving(found):
+            await self._arriving(path.sha1, channel)
+            principal = Principal("operator", str(owner), peer=peer)
+            stored = await self._blobs.store(stream, claim, principal, note)
+        self._roles.require(owner, channel, path.provide)
+        return stored.new
+
+    def _claim(self, channel: str, path: ObjectPath, found: Pending, size: int | None) -> Claim:
+        """What may arrive: exactly what was announced, or bytes of a text that was announced in UTF-16 units."""
+        announced = found.charge.size
+        most = announced if found.exact or found.received else announced * UTF8_BYTES
+        if size is not None and (size > most or (found.exact and size != announced)):
+            raise ContentMismatch(f"{size} bytes are announced, the upload was announced with {announced}")
+        limit = self._data.channel(channel).max_object_bytes
+        exact = announced if found.exact else size
+        return Claim(sha1=path.sha1, size=exact, max_size=most if limit is None else min(most, limit))
 
     async def _arriving(self, sha1: Sha1, channel: str) -> None:
         """What is uploaded to a channel is not this server's own to offer in others."""
         here = await self._blobs.store_on_volume.stat(sha1) is not None
         await self._origins.arriving(sha1, f"{self._hub_id}/{channel}", here=here)
 
-    async def _check_document(self, channel: str, path: ObjectPath, data: bytes) -> None:
+    async def _document(self, data: bytes) -> Any:
+        """Raises ContentMismatch for what is no JSON."""
         try:
             # In a thread: a large document would keep every other request waiting.
-            value = loads_2021(data) if len(data) < SMALL_JSON else await asyncio.to_thread(loads_2021, data)
+            return loads_2021(data) if len(data) < SMALL_JSON else await asyncio.to_thread(loads_2021, data)
         except InvalidInput as error:
             raise ContentMismatch(f"the object is not JSON: {error.message}") from error
-        if path.kind == "subfeed":
-            count = value.get("messageCount") if isinstance(value, dict) else None
-            if isinstance(count, bool) or not isinstance(count, int | float) or count < 0:
-                raise ContentMismatch("subfeed.json: expected an object with a number `messageCount`")
-        elif path.kind == "message":
-            await self._check_message(channel, path, value)
-        elif value is None:
-            raise ContentMismatch("a task result may not be null")
-
-    async def _check_message(self, channel: str, path: ObjectPath, value: object) -> None:
-        """Signature, number and predecessor of a feed message."""
-        assert path.position is not None and path.feed_id is not None
-        previous = None
-        if path.position > 0:
-            reference = await self._buckets.find(channel, path.neighbour(path.position - 1))
-            if reference is None:
-                raise Conflict(f"message {path.position - 1} is not here yet", hint="Upload messages in order")
-            content = await self._blobs.open(reference.sha1)
-            try:
-                before = b"".join([piece async for piece in content.read(0, content.size)])
-            finally:
-                content.close()
-            previous = parse_signed_message(loads_2021(before)).signature
-        try:
-            message = parse_signed_message(value)
-            accepted = accept_chain(path.feed_id, path.position, previous, [message])
-        except InvalidInput as error:
-            raise ContentMismatch(error.message) from error
-        if len(accepted) != 1:
-            raise ContentMismatch(f"the message is not number {path.position} of its subfeed")
 
 
 def _bound(permission: Ticket | Capability) -> Subject:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, delete, select
 from sqlalchemy.dialects.sqlite import insert
 
 from kachery_lab.core.ids import UserName
-from kachery_lab.db.models import authorizations, tokens, users
+from kachery_lab.db.models import authorizations, clients, enrolment_codes, task_grants, tokens, users
 from kachery_lab.errors import Conflict, NotFound
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.audit import AuditService
@@ -48,7 +48,8 @@ class UserService:
             await self._data.change(act.recorded(lambda conn: add_user(conn, name)))
 
     async def remove(self, actor: Principal, name: str) -> None:
-        """Remove a user with its tokens and authorizations. Raises Conflict while it owns nodes or channels."""
+        """Remove a user with its tokens, client keys and authorizations. Raises Conflict while it owns nodes or
+        channels."""
         async with self._audit.action(actor, "user.remove", name) as act:
             self.get(actor, name)
             owned = [f"channel {c.name}" for c in self._data.channels.values() if c.owner == name]
@@ -58,10 +59,21 @@ class UserService:
 
             def remove(conn: Connection) -> None:
                 conn.execute(delete(tokens).where(tokens.c.user == name))
+                keys = select(clients.c.client_id).where(clients.c.user == name)
+                conn.execute(
+                    delete(authorizations).where(
+                        authorizations.c.subject_kind == "client", authorizations.c.subject.in_(keys)
+                    )
+                )
+                conn.execute(delete(clients).where(clients.c.user == name))
+                conn.execute(delete(enrolment_codes).where(enrolment_codes.c.user == name))
                 conn.execute(
                     delete(authorizations).where(
                         authorizations.c.subject_kind == "user", authorizations.c.subject == name
                     )
+                )
+                conn.execute(
+                    delete(task_grants).where(task_grants.c.subject_kind == "user", task_grants.c.subject == name)
                 )
                 conn.execute(delete(users).where(users.c.name == name))
 

@@ -8,7 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.bench import lines_blobs, lines_bounds, lines_feeds, lines_hub
+from tests.bench import (
+    lines_bands,
+    lines_blobs,
+    lines_bounds,
+    lines_federation,
+    lines_feeds,
+    lines_hub,
+    lines_zones,
+)
 from tests.bench.place import Place, open_place
 from tests.bench.table import Row, as_markdown, machine, write_markdown
 
@@ -22,6 +30,13 @@ LINES: dict[str, Callable[[Place], Iterator[Row]]] = {
     "hub-load": lines_hub.load_from_hub,
     "bucket-large": lines_hub.bucket_large,
     "decisions": lines_hub.decisions,
+    "zone-small": lines_zones.small,
+    "zone-upload": lines_zones.uploads,
+    "zone-ranges": lines_zones.ranges,
+    "bands": lines_bands.fan_out,
+    "file-on-demand": lines_federation.file_on_demand,
+    "feed-delivery": lines_federation.append_to_delivery,
+    "task": lines_federation.trivial_task,
     "upload-memory": lines_bounds.upload_memory,
     "start": lines_bounds.start,
 }

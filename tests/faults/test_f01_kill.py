@@ -314,9 +314,9 @@ def thinned(found: list[Point]) -> list[Point]:
         ("store 4 KiB", list),
         ("store 45 MB", one_of_many),
         ("append", thinned),
-        ("mutable set", thinned),
-        ("linkFile", thinned),
-        ("delete blob", thinned),
+        pytest.param("mutable set", thinned, marks=pytest.mark.slow),
+        pytest.param("linkFile", thinned, marks=pytest.mark.slow),
+        pytest.param("delete blob", thinned, marks=pytest.mark.slow),
     ],
 )
 def test_kill_at_system_calls(make_node: Any, tmp_path: Path, name: str, choose: Any) -> None:

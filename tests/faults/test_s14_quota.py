@@ -146,6 +146,7 @@ def test_what_comes_without_a_size_leaves_what_is_to_stay_free(make_node: Make, 
     report("S14", 2, what="bytes without a size", outcomes=outcomes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "control"])
 def test_a_flood_of_appends(make_node: Make, guard: bool) -> None:
     prefix = () if guard else without("no_shares")

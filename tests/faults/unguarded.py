@@ -6,6 +6,7 @@ for any of this; everything here replaces one function of the imported program.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,13 +14,42 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from kachery_lab import cli, lifecycle
 from kachery_lab.blobs import disk, links, local, receive
-from kachery_lab.core import ids, rates, strict_json
+from kachery_lab.client import hub, reach
+from kachery_lab.core import feeds, ids, rates, strict_json
 from kachery_lab.errors import Conflict, NotFound, Unavailable
-from kachery_lab.services import access, access_data, audit, blobs, clock, logs, node_requests, shares, subfeeds
+from kachery_lab.http import server
+from kachery_lab.http.v1 import nodes
+from kachery_lab.services import (
+    access,
+    access_data,
+    audit,
+    blobs,
+    broker,
+    buckets,
+    clock,
+    feed_providers,
+    feed_requests,
+    file_providers,
+    file_requests,
+    files,
+    logs,
+    node_requests,
+    received_feeds,
+    shares,
+    subfeeds,
+    task_index,
+    task_leases,
+    task_registrations,
+    tasks,
+    uploads,
+)
 from kachery_lab.services import links as link_service
 
 
@@ -209,6 +239,246 @@ def no_shares() -> None:
     rates.Rates.wait = lambda self, name, now: 0.0
 
 
+def any_bytes() -> None:
+    """S13: what arrives is kept under the name that was asked for, and served unread."""
+    claimed: dict[str, str] = {}
+
+    def check(claim: Any, sha1: str, _size: int) -> None:
+        claimed[sha1] = claim.sha1 or sha1
+
+    def commit(self: Any, sha1: str) -> Any:
+        return before(self, claimed.pop(sha1, sha1))
+
+    before = local.Draft.commit
+    local.Draft.commit = commit
+    receive._check = check
+    no_read_hash()
+
+
+def no_size_limit() -> None:
+    """S13: a body is read to its end, wherever that is."""
+    receive._check_limit = lambda *_: None
+
+
+def believe_finished() -> None:
+    """S13: the first node that says `finished` is believed, as the older daemon believes it."""
+
+    def disbelieve(self: Any, _senders: Any) -> None:
+        raise NotFound("it is not in the bucket")
+
+    file_requests._Request.disbelieve = disbelieve
+
+
+def any_range() -> None:
+    """S13: a range goes out under whatever SHA-1 its asker claims, as with the older daemon."""
+
+    async def verify_range(*_: Any) -> None:
+        pass
+
+    files.FileService.verify_range = verify_range
+
+
+def upload_each_time() -> None:
+    """S13: every request is an upload of its own."""
+
+    def put_once(self: Any, job: Any, peer: Any) -> Any:
+        return asyncio.create_task(self._put(job, peer))
+
+    async def upload_url(self: Any, channel: str, sha1: Any, size: int, *, on_demand: bool = False) -> str:
+        return await before(self, channel, sha1, size, on_demand=False)
+
+    before = hub.HubClient.upload_url
+    hub.HubClient.upload_url = upload_url
+    file_providers.FileProviders._put_once = put_once
+
+
+def no_quota() -> None:
+    """S13: every request of every peer is looked at, in the order in which they come."""
+    file_providers.JOBS = file_providers.JOBS_PER_PEER = 1 << 60
+    file_providers.Quota.take = lambda self, amount: 0.0
+    file_providers._Peer.turn = property(lambda _self: asyncio.Semaphore(1), lambda _self, _value: None)
+
+
+def no_recheck() -> None:
+    """S7: what was allowed when the upload began is allowed when it ends."""
+
+    class Allow:
+        def require(self, *_: Any) -> None:
+            pass
+
+    before = buckets.BucketService.refer
+
+    async def refer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        roles, self._roles = self._roles, Allow()
+        try:
+            return await before(self, *args, **kwargs)
+        finally:
+            self._roles = roles
+
+    buckets.BucketService.refer = refer
+    uploads.UploadService._require_offer = lambda *_: None
+
+
+def follow_anywhere() -> None:
+    """S12: addresses that the hub names are followed wherever they lead."""
+    reach.Reach.require = lambda self, url: reach.origin_of(url)
+
+
+def name_the_canary() -> None:
+    """S12: no guard but an attacker, a hub that names another machine's address for uploads and buckets."""
+    nodes.base_url = lambda _request: os.environ["CANARY"]
+
+
+def any_message() -> None:
+    """J4, J5: what comes in is appended as it is, as the older daemon does with what it downloads first."""
+
+    def accept(_feed_id: Any, place: Any, fresh: Any) -> list[Any]:
+        start = place.head.num_messages
+        return [
+            feeds.SignedMessage(start + n, m.message, m.timestamp, m.signature, bytes(32), m.meta_data)
+            for n, m in enumerate(fresh)
+        ]
+
+    async def check(*_: Any) -> None:
+        pass
+
+    received_feeds._accept = accept
+    received_feeds.ReceivedFeeds._check = check
+
+
+def take_again() -> None:
+    """C5: messages that came before are taken for new ones."""
+    any_message()
+    received_feeds._split = lambda messages, have: ([], list(messages))
+
+
+def no_checkpoints() -> None:
+    """J5: nobody compares, or remembers, what the feed's key vouches for."""
+
+    async def check(*_: Any) -> None:
+        pass
+
+    received_feeds.ReceivedFeeds._compare = check
+    received_feeds.ReceivedFeeds._check = check
+    feed_requests.FeedRequests._note_vouched = staticmethod(lambda *_: None)
+
+
+def provide_each_time() -> None:
+    """J6: each subscription is answered by itself."""
+    feed_providers.FeedProviders._asked_again = lambda *_: False
+
+
+def no_feed_recheck() -> None:
+    """S7: rights are looked at when an upload is allowed, and not again."""
+    uploads.UploadService.receive = _receive_unchecked(uploads.UploadService.receive)
+
+
+def _receive_unchecked(before: Callable[..., Any]) -> Callable[..., Any]:
+    async def receive(self: Any, *args: Any) -> Any:
+        require, self._roles.require = self._roles.require, lambda *_: None
+        try:
+            return await before(self, *args)
+        finally:
+            self._roles.require = require
+
+    return receive
+
+
+def any_nonce() -> None:
+    """S6: a signed request is good as often as it comes."""
+    node_requests.NodeRequests._use = lambda *_: None
+
+
+def any_time() -> None:
+    """O4: a signed request is good for ever, before it was made too."""
+    node_requests.WINDOW_SECONDS = 10**12
+    before = node_requests.NodeRequests.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        before(self, *args)
+        self._started = -(10**12)
+
+    node_requests.NodeRequests.__init__ = init
+
+
+def rights_when_subscribed() -> None:
+    """S7: who may listen is looked at once."""
+    broker.HubBands._changed = lambda self: None
+
+
+def endless_queues() -> None:
+    """S13: what a member does not read is kept for it."""
+    broker.MAX_QUEUED = broker.MAX_QUEUED_BYTES = broker.MAX_QUEUED_TOTAL = 1 << 40
+
+
+def no_publish_quota() -> None:
+    """S13: a member may publish as fast as it can."""
+    broker.Quota.take = lambda self, amount: 0.0
+
+
+def plain_websockets() -> None:
+    """S13: uvicorn's own WebSocket protocol."""
+    server.websocket_class = lambda *_: WebSocketsSansIOProtocol
+
+
+def claims_not_repeated() -> None:
+    """C5: a claim whose answer was lost is refused when it is made again."""
+    before = task_index.claim
+
+    def claim(conn: Any, channel: str, request: Any, *rest: Any) -> bool:
+        known = task_index.find(conn, channel, request.task_id)
+        return (known is None or known.state != "leased") and before(conn, channel, request, *rest)
+
+    task_index.claim = claim
+
+
+def new_task_each_time() -> None:
+    """C5: a request id changes nothing."""
+    before = tasks.new_task_id
+    tasks.new_task_id = lambda kind, digest, _request_id=None: before(kind, digest)
+
+
+def results_overwrite() -> None:
+    """S6, S7: a result is taken whatever became of the lease."""
+    uploads.UploadService._committing = lambda *_: contextlib.nullcontext()
+
+
+def deaf_polls() -> None:
+    """O1: backends that wait do not hear that the server stops."""
+    before = task_registrations.TaskRegistrations.__init__
+
+    def init(self: Any, *arguments: Any) -> None:
+        before(self, *arguments[:-1], asyncio.Event())
+
+    task_registrations.TaskRegistrations.__init__ = init
+
+
+def leases_forgotten() -> None:
+    """O1: leases of the run before are not looked for."""
+
+    def load(self: Any) -> None:
+        self._database.write_sync(lambda conn: conn.execute(task_index.tasks.update().values(state="open")).rowcount)
+
+    task_leases.TaskLeaseService.load = load
+
+
+def shifted_clock() -> None:
+    """O4: no guard is off; the clock on the wall is as far from the true one as the file in TEST_CLOCK says."""
+    true = time.time
+    time.time = lambda: true() + float(Path(os.environ["TEST_CLOCK"]).read_text())
+
+
+def leases_by_the_wall() -> None:
+    """O4: leases are measured by a clock that people set."""
+    shifted_clock()
+    before = task_leases.TaskLeaseService.__init__
+
+    def init(self: Any, *arguments: Any) -> None:
+        before(self, *arguments, clock=time.time)
+
+    task_leases.TaskLeaseService.__init__ = init
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -234,6 +504,33 @@ GUARDS: dict[str, Callable[[], None]] = {
         any_clock,
         nonces_by_clock,
         no_shares,
+        any_bytes,
+        no_size_limit,
+        believe_finished,
+        any_range,
+        upload_each_time,
+        no_quota,
+        no_recheck,
+        follow_anywhere,
+        name_the_canary,
+        any_message,
+        take_again,
+        no_checkpoints,
+        provide_each_time,
+        no_feed_recheck,
+        any_nonce,
+        any_time,
+        rights_when_subscribed,
+        endless_queues,
+        no_publish_quota,
+        plain_websockets,
+        claims_not_repeated,
+        new_task_each_time,
+        results_overwrite,
+        deaf_polls,
+        leases_forgotten,
+        shifted_clock,
+        leases_by_the_wall,
     )
 }
 

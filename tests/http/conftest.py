@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.hubs import Hub, LabNode
+from tests.members2021 import FORMATS, Wire, joined
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +30,24 @@ def member(hub: Hub, channel: str) -> LabNode:
     hub.register(node)
     hub.join(node, channel)
     return node
+
+
+@pytest.fixture(params=FORMATS)
+def wire(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def other(hub: Hub, channel: str) -> LabNode:
+    """A second member with every role."""
+    node = LabNode()
+    hub.register(node)
+    hub.join(node, channel)
+    return node
+
+
+@pytest.fixture
+def pair(hub: Hub, channel: str, member: LabNode, other: LabNode, wire: str) -> Iterator[tuple[Wire, Wire]]:
+    """Two connected members."""
+    with joined(hub, member, channel, wire) as one, joined(hub, other, channel, wire) as two:
+        yield one, two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -122,13 +123,25 @@ def test_all_messages_of_a_subfeed_come_in_one_request(hub: Hub, channel: str, m
     assert len(set(urls)) == 700
 
 
-def test_bands_are_refused_in_words(hub: Hub, channel: str, member: LabNode) -> None:
+def test_a_token_for_the_bands(hub: Hub, channel: str, member: LabNode) -> None:
+    """Only for a good certificate and a good signature; a repeated request gets the rights of its moment."""
     certificate, key = hub.certificate(member, channel)
     request = upload_request(certificate, key, hub.node.data.channel(channel).resource_id, [], [])
     payload = {k: v for k, v in request["payload"].items() if k not in ("filePaths", "sizes")}
     payload |= {"type": "getAblyTokenRequest", "capability": certificate["payload"]["attributes"]["ablyCapability"]}
-    answer = hub.post("/api/resource", signed_again({**request, "type": payload["type"], "payload": payload}, key))
-    assert "not served yet" in refused(answer)
+    unsigned = {**request, "type": payload["type"], "payload": payload}
+    refused(hub.post("/api/resource", unsigned))
+    refused(hub.post("/api/resource", signed_again(unsigned, "07" * 32)))
+    refused(hub.post("/api/resource", signed_again({**unsigned, "payload": {**payload, "expires": 1}}, key)))
+    good = signed_again(unsigned, key)
+    for answer in (hub.post("/api/resource", good), hub.post("/api/resource", good)):
+        assert answer.status == 200, answer.body
+        assert answer.headers["cache-control"] == "no-store"
+        details = answer.json()["ablyTokenRequest"]
+        assert json.loads(details["capability"]).keys() == payload["capability"].keys()
+        assert details["issued"] < details["expires"]
+    hub.revoke(member.id, channel)
+    assert "no role" in refused(hub.post("/api/resource", good))
 
 
 def test_resource_info(hub: Hub, channel: str) -> None:

@@ -23,6 +23,7 @@ from kachery_lab.core.signables import request_bytes
 from kachery_lab.core.signatures import sign_2021
 from kachery_lab.http.describe import BYTES, Operation, example
 from kachery_lab.http.openapi import operations
+from tests.gateway import CloudClient
 from tests.servers import Answer, RunningNode
 
 ADMIN = "/api/admin/v1"
@@ -32,6 +33,7 @@ OBJECT = f"sha1/{SHA1[:2]}/{SHA1[2:4]}/{SHA1[4:6]}/{SHA1}"
 SUBFEED = "a" * 40
 NODE_KEY = PrivateKey.from_seed("01" * 32)
 NODE = NODE_KEY.public_hex
+CLOUD, NEW_CLOUD = CloudClient(bytes([3]) * 32), CloudClient(bytes([4]) * 32)
 OTHER_NODE = PrivateKey.from_seed("02" * 32).public_hex
 BROWSER_CODE = "browser-code-for-tests"
 KINDS = (
@@ -40,6 +42,12 @@ KINDS = (
 )
 """`owner` and `other` have the scope `channel-owner`; what the requests name belongs to `owner`."""
 
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
 DESCRIBED: dict[str, Operation] = {f"{one.method} {one.path}": one for one in operations()}
 
 
@@ -90,12 +98,15 @@ class World:
     # -- talking -------------------------------------------------------------------------------------------------
 
     def send(self, call: Call, headers: Mapping[str, str] | None = None) -> Answer:
-        """One request, from an address that sent nothing wrong before."""
+        """One request, from an address that sent nothing wrong before. `WEBSOCKET` asks for the upgrade only."""
+        method, given = call.method, {**call.headers, **(headers or {})}
+        if method == "WEBSOCKET":
+            method, given = "GET", {**given, **UPGRADE}
         connection = http.client.HTTPConnection(
             "127.0.0.1", self.node.port, timeout=60, source_address=(next(self._addresses), 0)
         )
         try:
-            connection.request(call.method, call.target, call.body, {**call.headers, **(headers or {})})
+            connection.request(method, call.target, call.body, given)
             answer = connection.getresponse()
             return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
         finally:
@@ -141,22 +152,43 @@ class World:
         self.admin("PUT", f"/channels/recordings/memberships/{NODE}", {})
         self.admin("PUT", f"/channels/recordings/authorizations/node/{NODE}", {"roles": ["all"]})
         self.admin("PUT", "/channels/recordings/authorizations/user/ann", {"roles": ["requestFiles"]})
+        self.admin("DELETE", "/channels/recordings/functions/add.1/grants/user/ann", accept=(404,))
+        self.admin("POST", "/clients", {"clientId": CLOUD.id, "user": "ann"}, accept=(409,))
+        self.admin("DELETE", f"/clients/{OTHER_NODE}", accept=(404,))
         self.admin("DELETE", "/channels/tracking", accept=(404,))
         self.admin("DELETE", f"/nodes/{OTHER_NODE}", accept=(404,))
+        self.admin("DELETE", "/quotas/user:ann", accept=(404,))
 
     def prepare(self, route: str) -> dict[str, str]:
         """Make the one thing that a request of this route needs, or is not to find; parameters that vary."""
-        if route == f"POST {ADMIN}/users":
+        if route in (f"POST {ADMIN}/users", "POST /api/addUser"):
             self.admin("DELETE", "/users/carol", accept=(404,))
         elif route.endswith("/users/{user}"):
             self.admin("POST", "/users", {"name": "carol"}, accept=(409,))
         elif route.endswith("/tokens/{id}"):
             return {"id": self.admin("POST", "/tokens", {"user": "ann", "scopes": ["read"]})["id"]}
+        elif route.endswith("/clients/{clientId}"):
+            self.admin("POST", "/clients", {"clientId": OTHER_NODE, "user": "ann"}, accept=(409,))
+        elif route.endswith("/enrolment-codes/{id}"):
+            return {"id": self.admin("POST", "/enrolment-codes", {"user": "ann"})["id"]}
         elif route.endswith("/passcodes/{id}"):
             return {"id": self.admin("POST", "/channels/recordings/passcodes", {"roles": ["all"]})["id"]}
         elif "{sha1}" in route or "/downloadFileData" in route or "/uploadFile" in route:
             assert self.node.store(ABC).status == 200
-        elif "/objects/{path" in route or route.startswith("GET /bucket/"):
+        elif route.endswith("/functions/{function}/grants/{kind}/{subject}"):
+            self.admin("PUT", "/channels/recordings/functions/add.1/grants/user/ann", {"roles": ["requestTasks"]})
+        elif route == f"DELETE {ADMIN}/quotas/{{subject}}":
+            self.admin("PUT", "/quotas/user:ann", {"maxBytes": None, "maxObjects": 1000})
+        elif "/deletions/{path" in route:
+            assert self.upload() in (200, None)
+            self.admin("DELETE", f"/channels/recordings/objects/{OBJECT}")
+        elif route == "POST /api/addZone":
+            self.admin("DELETE", "/channels/tracking", accept=(404,))
+        elif route == "POST /api/deleteZone":
+            self.admin("POST", "/channels", {"name": "tracking", "owner": "ann"}, accept=(409,))
+        elif route == "POST /api/finalizeFileUpload":
+            self.announce()
+        elif "/objects/{path" in route or route.startswith(("GET /bucket/", "GET /sha1/")):
             assert self.upload() in (200, None)
         return {}
 
@@ -172,6 +204,15 @@ class World:
         """Put the object; None when it is there."""
         url = self.upload_url()
         return None if url is None else self.send(Call("PUT", url, ABC)).status
+
+    def announce(self) -> None:
+        """Announce the object as ann and send its bytes, so that only the last request is missing."""
+        self.admin("DELETE", f"/channels/recordings/objects/{OBJECT}", accept=(404,))
+        body = json.dumps(self._zone_bodies()["/api/initiateFileUpload"]).encode()
+        answer = self.send(Call("POST", "/api/initiateFileUpload", body), self.credential("write"))
+        assert answer.status == 200, answer
+        url = urlsplit(answer.json()["signedUploadUrl"]).path
+        assert self.send(Call("PUT", url, ABC)).status == 200
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -207,6 +248,21 @@ class World:
             return Call(method, path, ABC)
         if path.startswith("/bucket/"):
             return self._bucket(method, path)
+        if path.startswith(("/registerClient/", "/client/")):
+            form = {"Content-Type": "application/x-www-form-urlencoded"}
+            target = f"/client/{CLOUD.id}" if path.startswith("/client/") else NEW_CLOUD.link()
+            return Call(method, target, b"user=ann", form) if method == "POST" else Call(method, target)
+        if path.endswith("/r/{zone}"):
+            wanted = {"type": "fileUpload", "uri": f"sha1://{SHA1}", "timeoutMsec": 0}
+            named = {"resourceName": "recordings", "zone": "recordings", "request": wanted, "timeoutMsec": 0}
+            target = path.replace("{token}", self.tokens["read"]).replace("{zone}", "recordings")
+            return Call(method, target, json.dumps({"type": "requestFromClient", **named}).encode())
+        if path.startswith("/sha1/"):
+            return Call(method, path.replace("{hash}", SHA1).replace("{name}", "session.nwb"))
+        if path == "/":
+            return Call(method, path)
+        if path == "/api/v1/bands":
+            return Call(method, path, None, self.signed("GET", path))
         bodies = self._bodies()
         body = None if method == "GET" else json.dumps(bodies[path]).encode()
         return Call(method, path, body, {} if body is None else {"Content-Type": "application/json"})
@@ -233,6 +289,23 @@ class World:
             "/mutable/get": {"key": "tests"},
             "/mutable/set": {"key": "tests", "value": 1},
             "/mutable/delete": {"key": "tests"},
+            "/task/registerTaskFunctions": {"taskFunctions": [], "timeoutMsec": 0},
+            "/task/updateTaskStatus": {"channelName": "default", "taskId": "unknown", "status": "running"},
+            "/task/createSignedTaskResultUploadUrl": {"channelName": "default", "taskId": SHA1, "size": 2},
+            "/task/requestTask": {
+                "channelName": "default",
+                "taskFunctionId": "add.1",
+                "taskKwargs": {},
+                "taskFunctionType": "pure-calculation",
+                "timeoutMsec": 0,
+            },
+            "/task/waitForTaskResult": {
+                "channelName": "default",
+                "taskId": "unknown",
+                "taskResultUrl": None,
+                "taskFunctionType": "action",
+                "timeoutMsec": 0,
+            },
             "/api/kacheryNode": {
                 "body": asked,
                 "nodeId": NODE,
@@ -244,7 +317,32 @@ class World:
                 "resourceId": self.admin("GET", "/channels/recordings")["resourceId"],
             },
             "/api/kacheryHub": {},
+            "/api/gateway": CLOUD.file("findFile", ABC, "recordings"),
+            **self._zone_bodies(),
         }
+
+    def _zone_bodies(self) -> dict[str, Any]:
+        """Requests of kachery 2."""
+        zone, user = {"zoneName": "recordings"}, {"userId": "ann"}
+        file = {"hashAlg": "sha1", "hash": SHA1, **zone}
+        fields: dict[str, dict[str, Any]] = {
+            "initiateFileUpload": {**file, "size": len(ABC), "workToken": ""},
+            "finalizeFileUpload": {**file, "size": len(ABC), "objectKey": f"recordings/{OBJECT}"},
+            "findFile": file,
+            "addUser": {"userId": "carol"},
+            "getUser": user,
+            "getUsers": {},
+            "setUserInfo": {**user, "name": "Ann"},
+            "resetUserApiKey": user,
+            "computeUserStats": user,
+            "addZone": {"zoneName": "tracking", **user},
+            "getZone": zone,
+            "getZones": {},
+            "setZoneInfo": {**zone, "publicDownload": False},
+            "deleteZone": {"zoneName": "tracking"},
+            "usage": user,
+        }
+        return {f"/api/{kind}": {"type": f"{kind}Request", **found} for kind, found in fields.items()}
 
     def _bucket(self, method: str, path: str) -> Call:
         if method == "PUT":

@@ -62,9 +62,9 @@ async def fill_buckets(node: Node) -> None:
     await refer(TRACKING, "", b"abc", ben, label="the same bytes, ü")
     await refer(TRACKING, "", b"by a node", rig)
     await refer(TRACKING, "", b"asked for", rig, on_demand=True)
-    count = "feeds/" + "/".join(("ab", "ab", "ab", "ab" * 32, "subfeeds", "cd", "cd", "cd", "cd" * 20, "subfeed.json"))
+    result = "task_results/" + "/".join(("cd", "cd", "cd", "cd" * 20))
     for number in (1, 2):
-        await refer(TRACKING, count, b'{"messageCount":%d}' % number, ben)
+        await refer(TRACKING, result, b'{"result":%d}' % number, ben)
     await node.buckets.forget(RECORDINGS, await refer(RECORDINGS, "", b"deleted", ann), ann)
     again = await refer(RECORDINGS, "", b"deleted and back", ann)
     await node.buckets.forget(RECORDINGS, again, ann)

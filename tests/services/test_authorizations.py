@@ -73,8 +73,11 @@ def test_owners_clients_and_scopes(tmp_path: Path) -> None:
         # A node never has the roles of its owner.
         await node.authorizations.join(ANN, RECORDINGS, NODE)
         assert node.data.node_roles(RECORDINGS, NODE) == Role.NONE
-        await node.authorizations.grant(ANN, RECORDINGS, "client", "f" * 64, Role.REQUEST_FILES)
-        assert node.roles.roles(Subject("client", "f" * 64), RECORDINGS) == Role.REQUEST_FILES
+        await node.authorizations.grant(ANN, RECORDINGS, "client", OTHER, Role.REQUEST_FILES)
+        # An authorization registers nobody.
+        assert node.roles.roles(Subject("client", OTHER), RECORDINGS) == Role.NONE
+        await node.clients.add(ADMIN, OTHER, UserName("ben"), "")
+        assert node.roles.roles(Subject("client", OTHER), RECORDINGS) == Role.REQUEST_FILES
         assert node.roles.roles(Subject("client", "e" * 64), RECORDINGS) == Role.NONE
         reads = subject_of(Principal("user", "ann", frozenset({"read"})), NODE)
         writes = subject_of(Principal("user", "ann", frozenset({"write"})), NODE)

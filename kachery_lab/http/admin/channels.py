@@ -20,9 +20,10 @@ _NAMES = {
     "publicLocal": "public_local",
     "maxBytes": "max_bytes",
     "maxObjectBytes": "max_object_bytes",
+    "maxObjects": "max_objects",
     "retentionDays": "retention_days",
 }
-_LIMITS = {name: optional(int, nullable=True) for name in ("maxBytes", "maxObjectBytes", "retentionDays")}
+_LIMITS = {name: optional(int, nullable=True) for name in ("maxBytes", "maxObjectBytes", "maxObjects", "retentionDays")}
 _CREATE = {"name": required(str), "owner": optional(str), "public": optional(bool), **_LIMITS}
 _CHANGE = {"owner": optional(str), "public": optional(bool), "publicLocal": optional(bool), **_LIMITS}
 
@@ -75,6 +76,7 @@ async def remove(request: Request) -> Response:
 
 _WHO = ("admin", "channel-owner")
 _BYTES = whole(2_000_000_000_000, 1)
+_OBJECTS = whole(1_000_000, 1)
 _DAYS = whole(365, 1, 36_500)
 _FIELDS = {
     "name": CHANNEL,
@@ -83,6 +85,7 @@ _FIELDS = {
     "publicLocal": flag(False),
     "maxBytes": nullable(_BYTES),
     "maxObjectBytes": nullable(_BYTES),
+    "maxObjects": nullable(_OBJECTS),
     "retentionDays": nullable(_DAYS),
     "resourceId": text("7d0e" * 16),
     "createdAt": TIME,
@@ -94,6 +97,7 @@ _CHANGES = {
     "public": flag(False),
     "maxBytes": _BYTES,
     "maxObjectBytes": _BYTES,
+    "maxObjects": _OBJECTS,
     "retentionDays": _DAYS,
 }
 OPERATIONS = (

@@ -44,18 +44,38 @@ async def remove(request: Request) -> Response:
     return Response(status_code=204)
 
 
+async def list_deletions(request: Request) -> Response:
+    """What was deleted and can be restored, in order of the path."""
+    actor = authenticate(request)
+    known_parameters(request, "after", "limit")
+    limit = number(request, "limit", 100, 1, 1000)
+    after = request.query_params.get("after", "")
+    found = await node_of(request).channels.deletions(actor, request.path_params["channel"], after, limit)
+    shown = [{**to_json(one), "deletedAt": at, "deletedBy": by} for one, at, by in found]
+    return JSONResponse({"deletions": shown, "next": found[-1][0].path if len(found) == limit else None})
+
+
+async def restore(request: Request) -> Response:
+    """Undo a deletion."""
+    actor, path = authenticate(request), request.path_params
+    found = await node_of(request).channels.restore_object(actor, path["channel"], path["path"])
+    return JSONResponse(to_json(found))
+
+
 _WHO = ("admin", "channel-owner")
 _SHA1 = "a9993e364706816aba3e25717850c26c9cd0d89d"
 _PATH = text(f"sha1/a9/99/3e/{_SHA1}")
-_SHOWN = record(
-    path=_PATH,
-    sha1=text(_SHA1, pattern="^[0-9a-f]{40}$"),
-    size=whole(3),
-    label=NOTE,
-    principal=text("user:ann"),
-    storedAt=TIME,
-    onDemand=flag(False),
-)
+SHOWN_FIELDS = {
+    "path": _PATH,
+    "sha1": text(_SHA1, pattern="^[0-9a-f]{40}$"),
+    "size": whole(3),
+    "label": NOTE,
+    "principal": text("user:ann"),
+    "storedAt": TIME,
+    "onDemand": flag(False),
+}
+_SHOWN = record(**SHOWN_FIELDS)
+_DELETED = record(**SHOWN_FIELDS, deletedAt=TIME, deletedBy=text("user:ann"))
 OPERATIONS = (
     Operation(
         "GET",
@@ -79,5 +99,28 @@ OPERATIONS = (
         None,
         {"channel": CHANNEL, "path": _PATH},
         refusals=(404,),
+    ),
+    Operation(
+        "GET",
+        f"{ROOT}/channels/{{channel}}/deletions",
+        list_deletions,
+        "Deleted objects that can be restored, for `KACHERY_LAB_RESTORE_DAYS` days",
+        _WHO,
+        {200: record(deletions=array(_DELETED), next=nullable(_PATH))},
+        None,
+        {"channel": CHANNEL},
+        {"after": text("sha1/"), "limit": LIMIT},
+        refusals=(404,),
+    ),
+    Operation(
+        "POST",
+        f"{ROOT}/channels/{{channel}}/deletions/{{path:path}}/restore",
+        restore,
+        "Undo a deletion: the object is back with its uploader, label and time",
+        _WHO,
+        {200: _SHOWN},
+        None,
+        {"channel": CHANNEL, "path": _PATH},
+        refusals=(404, 409, 507),
     ),
 )

@@ -11,6 +11,7 @@ from kachery_lab.errors import Forbidden
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.responses import blob_response
 from kachery_lab.services.subjects import Subject
+from kachery_lab.services.usage import ANYBODY
 
 
 async def read_public(request: Request) -> Response:
@@ -29,14 +30,15 @@ async def _read(request: Request, reader: Subject | None) -> Response:
     channel = ChannelName.parse(request.path_params["channel"], "channel")
     path = ObjectPath.parse(request.path_params["path"])
     async with node.audit.refusals(str(reader), peer_of(request), "bucket.read", channel):
-        reference, content = await node.buckets.open(channel, path, reader)
+        sha1, content = await node.buckets.open(channel, path, reader)
     # Whoever reads again asks again, so that a right that was taken away ends at once; what did not change is a 304.
     return blob_response(
-        reference.sha1,
+        sha1,
         content,
         request.headers,
         media_type="application/octet-stream" if path.kind == "file" else "application/json",
         cache_control="private, no-cache" if path.immutable else "no-store",
+        sent=lambda size: node.usage.downloaded(channel, ANYBODY if reader is None else str(reader), size),
     )
 
 

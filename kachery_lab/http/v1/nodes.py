@@ -12,7 +12,7 @@ from kachery_lab.core.ids import ChannelName, NodeId, NodeLabel, Sha1, UserName,
 from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.roles import NAMES, role_names
 from kachery_lab.errors import InvalidInput, NotFound, TooLarge
-from kachery_lab.http.bodies import require_fields, required
+from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.describe import Operation, array, body_of, choice, flag, nullable, record, text, whole
 from kachery_lab.http.public_url import base_url
@@ -21,16 +21,16 @@ from kachery_lab.services.subjects import Subject
 
 MAX_BODY = 64 * 1024
 _REPORT = {"label": required(str), "owner": required(str)}
-_UPLOAD = {"sha1": required(str), "size": required(int)}
+_UPLOAD = {"sha1": required(str), "size": required(int), "onDemand": optional(bool)}
 
 
-async def _signed(request: Request) -> tuple[Subject, Any]:
+async def signed(request: Request, max_body: int = MAX_BODY) -> tuple[Subject, Any]:
     """The node that signed, and the JSON body ({} without one)."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > MAX_BODY:
-            raise TooLarge(f"more than {MAX_BODY} bytes")
+        if len(body) > max_body:
+            raise TooLarge(f"more than {max_body} bytes")
     target = request.scope["raw_path"].decode("latin-1")
     if request.scope["query_string"]:
         target += "?" + request.scope["query_string"].decode("latin-1")
@@ -40,7 +40,7 @@ async def _signed(request: Request) -> tuple[Subject, Any]:
 
 async def report(request: Request) -> Response:
     """A node tells its label and owner; an unknown one is noted and waits for approval."""
-    subject, body = await _signed(request)
+    subject, body = await signed(request)
     fields = require_fields(body, _REPORT)
     approved = await node_of(request).nodes.report(
         NodeId(subject.name), UserName.parse(fields["owner"], "owner"), NodeLabel.parse(fields["label"], "label")
@@ -50,7 +50,7 @@ async def report(request: Request) -> Response:
 
 async def memberships(request: Request) -> Response:
     """The node's channels here, its effective roles, and where their buckets are."""
-    subject, _ = await _signed(request)
+    subject, _ = await signed(request)
     node = node_of(request)
     node.node_requests.require_approved(subject)
     base = base_url(request)
@@ -64,6 +64,7 @@ async def memberships(request: Request) -> Response:
                     "public": node.data.channel(channel).public,
                     "asked": role_names(membership.asked),
                     "roles": role_names(node.roles.roles(subject, channel)),
+                    "offer": membership.offer,
                     "bucketUrl": f"{base}/bucket/~{capability}/{channel}",
                 }
             )
@@ -71,8 +72,11 @@ async def memberships(request: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """An upload URL for a file, or the news that it is there already. Needs provideFiles."""
-    subject, body = await _signed(request)
+    """An upload URL for a file, or the news that it is there already. Needs provideFiles.
+
+    What is there only because somebody asked is no upload yet.
+    """
+    subject, body = await signed(request)
     node = node_of(request)
     node.node_requests.require_approved(subject)
     channel = ChannelName.parse(request.path_params["channel"], "channel")
@@ -83,8 +87,12 @@ async def upload(request: Request) -> Response:
         raise NotFound(f"there is no channel {channel!r} of this node")
     if size < 0:
         raise InvalidInput("size: expected a number of bytes")
-    segment = node.uploads.issue(channel, path, size, subject)
-    if await node.buckets.find(channel, path.text) is not None:
+    on_demand = fields.get("onDemand", False)
+    segment = node.uploads.issue(channel, path, size, subject, on_demand=on_demand)
+    if on_demand:
+        await node.buckets.require_not_deleted(channel, path)
+    found = await node.buckets.find(channel, path.text)
+    if found is not None and (on_demand or not found.on_demand):
         return JSONResponse({"alreadyUploaded": True, "url": None})
     return JSONResponse({"alreadyUploaded": False, "url": f"{base_url(request)}/bucket/upload/{segment}"})
 
@@ -96,6 +104,7 @@ _MEMBERSHIP = record(
     public=flag(False),
     asked=_ROLES,
     roles=_ROLES,
+    offer=choice("local", "uploaded"),
     bucketUrl=text("https://lab.example.org/bucket/~.../rig-data"),
 )
 OPERATIONS = (
@@ -125,7 +134,7 @@ OPERATIONS = (
         "An upload URL for a file; needs the role provideFiles",
         ("node",),
         {200: record(alreadyUploaded=flag(False), url=nullable(text("https://lab.example.org/bucket/upload/...")))},
-        body=body_of(_UPLOAD, sha1=_SHA1, size=whole(12)),
+        body=body_of(_UPLOAD, sha1=_SHA1, size=whole(12), onDemand=flag(False)),
         parameters={"channel": text("rig-data")},
         refusals=(404, 409, 413),
     ),

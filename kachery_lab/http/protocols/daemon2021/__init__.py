@@ -11,6 +11,8 @@
 | `POST /feed/createFeed`, `/feed/deleteFeed` | local | |
 | `POST /feed/getFeedId`, `getFeedInfo`, `appendMessages`, `getNumLocalMessages`, `watchForNewMessages` | browser | |
 | `POST /mutable/get`, `set`, `delete` | browser | |
+| `POST /task/requestTask`, `waitForTaskResult` | browser | needs requestTasks |
+| `POST /task/registerTaskFunctions`, `updateTaskStatus`, `createSignedTaskResultUploadUrl` | browser | backends |
 
 Class `local`: the two rotating codes, or a token with scope `client` or `admin`; `browser`: additional codes too.
 """

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 from kachery_lab import __version__
 from kachery_lab.errors import Forbidden, InvalidInput
 from kachery_lab.http.context import node_of
-from kachery_lab.http.protocols.daemon2021 import channels, feeds, files, mutables
+from kachery_lab.http.protocols.daemon2021 import channels, feeds, files, mutables, tasks
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
 from kachery_lab.http.protocols.daemon2021.errors import Handler, answers
 from kachery_lab.http.protocols.daemon2021.translate import Answer, body_of
@@ -84,6 +84,11 @@ def routes() -> list[BaseRoute]:
         "/mutable/get": mutables.get,
         "/mutable/set": mutables.set_,
         "/mutable/delete": mutables.delete,
+        "/task/registerTaskFunctions": tasks.register_task_functions,
+        "/task/updateTaskStatus": tasks.update_task_status,
+        "/task/createSignedTaskResultUploadUrl": tasks.create_signed_task_result_upload_url,
+        "/task/requestTask": tasks.request_task,
+        "/task/waitForTaskResult": tasks.wait_for_task_result,
     }
     return [
         Route("/probe", answers(probe), methods=["GET", "POST"]),

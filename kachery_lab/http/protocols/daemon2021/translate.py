@@ -52,11 +52,11 @@ def frame(message: Mapping[str, object]) -> bytes:
     return b"%d#%s" % (len(text), text)
 
 
-def watches(value: object) -> dict[str, Watch]:
-    """The subfeeds of a watch request by name. Raises InvalidInput."""
+def watches(value: object) -> tuple[dict[str, Watch], dict[str, str]]:
+    """The subfeeds of a watch request, and their channels, by name. Raises InvalidInput."""
     if not isinstance(value, dict):
         raise InvalidInput("subfeedWatches: expected an object")
-    found = {}
+    found, channels = {}, {}
     for name, item in value.items():
         where = f"subfeedWatches.{name[:80]}"
         if not name:
@@ -64,9 +64,10 @@ def watches(value: object) -> dict[str, Watch]:
         fields = parse_fields(item, where, _WATCH, frozenset())
         if not isinstance(fields["channelName"], str):
             raise InvalidInput(f"{where}.channelName: expected a text")
+        channels[name] = fields["channelName"]
         found[name] = Watch(
             FeedId.parse(fields["feedId"], f"{where}.feedId"),
             SubfeedHash.parse(fields["subfeedHash"], f"{where}.subfeedHash"),
             parse_whole_number(fields["position"], f"{where}.position"),
         )
-    return found
+    return found, channels
