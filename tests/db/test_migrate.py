@@ -316,6 +316,7 @@ def test_an_older_database_killed_at_each_statement(
     assert points > 8
 
 
+@pytest.mark.slow
 def test_killed_positive_control(path: Path, backups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the transaction a kill leaves something that is neither old nor new."""
     monkeypatch.setattr(module, "_begin_immediate", lambda _: None)

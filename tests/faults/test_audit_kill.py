@@ -14,6 +14,8 @@ from kachery_lab.core.keys import PrivateKey
 from tests.faults.report import report, without
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 ROOT = "/api/admin/v1"
 NODE_ID = PrivateKey.from_seed("07" * 32).public_hex

@@ -13,6 +13,8 @@ from tests.faults.report import report, without
 from tests.faults.test_s13_hostile_peer import Hub
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 
 def upgrade_status(hub: Hub, headers: dict[str, str]) -> tuple[int, bytes]:
     given = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}

@@ -34,6 +34,8 @@ from tests.gateway import CloudClient
 from tests.hubs import Hub
 from tests.servers import Answer
 
+pytestmark = pytest.mark.slow
+
 ZONE, OTHER = "lab", "others"
 SMALL_ORDER = "01" + "00" * 31
 

@@ -23,6 +23,8 @@ from tests.faults.report import messages_of, report, without
 from tests.federations import CHANNEL, Federation, federate, node_id
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 SUBFEED, OTHER = "5" * 40, "6" * 40
 
@@ -271,7 +273,7 @@ def test_every_lie_is_noticed(make_place: Callable[..., Place]) -> None:
     report("J5", len(told), detected=len(told), of=len(told), wrong_stored=wrong, honest_reported=0)
 
 
-@pytest.mark.parametrize("guard", [pytest.param("any_message", marks=pytest.mark.slow), "no_checkpoints"])
+@pytest.mark.parametrize("guard", ["any_message", "no_checkpoints"])
 def test_control_without_a_guard_lies_get_in(make_place: Callable[..., Place], guard: str) -> None:
     place = make_place(prefix=without(guard))
     told = [case for case in cases() if guard in case.noticed_by]

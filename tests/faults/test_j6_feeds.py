@@ -22,6 +22,8 @@ from tests.faults.report import Client, histogram, messages_of, report, wait_for
 from tests.federations import CHANNEL, Federation, SignedRequests, federate, node_id
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 SUBFEED = "5" * 40
 
@@ -105,12 +107,10 @@ def long_feed(make_node: Make, total: int) -> None:
     assert added < 100
 
 
-@pytest.mark.slow
 def test_a_feed_of_10_000(make_node: Make) -> None:
     long_feed(make_node, 10_000)
 
 
-@pytest.mark.slow
 def test_a_feed_of_100_000(make_node: Make) -> None:
     long_feed(make_node, 100_000)
 
@@ -170,12 +170,10 @@ def many_listeners(make_node: Make, total: int) -> None:
     assert append(alpha, feed, [{"n": 2}]).status == 200
 
 
-@pytest.mark.slow
 def test_1_000_listeners(make_node: Make) -> None:
     many_listeners(make_node, 1000)
 
 
-@pytest.mark.slow
 def test_5_000_listeners(make_node: Make) -> None:
     many_listeners(make_node, 5000)
 
@@ -195,7 +193,6 @@ def uploads_for(lab: Federation, subscribers: int) -> tuple[int, int]:
     return lab.puts() - before, len(told)
 
 
-@pytest.mark.slow
 def test_uploaded_once_however_many_subscribe(make_node: Make) -> None:
     lab = federate(make_node, "alpha")
     uploads, answers = uploads_for(lab, 100)
@@ -214,7 +211,6 @@ def test_uploaded_once_however_many_subscribe(make_node: Make) -> None:
 # -- C3: several who append, several who follow, with kills ------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_everybody_has_every_message_once(make_node: Make) -> None:
     lab = federate(make_node, "alpha", "beta", "gamma")
     alpha, beta, gamma = (lab.members[name] for name in ("alpha", "beta", "gamma"))

@@ -15,6 +15,8 @@ from tests.faults.report import report, without
 from tests.federations import Federation, federate, sha1_of
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 
 
@@ -116,7 +118,6 @@ def visits(lab: Federation, canary: Canary, guard: str | None) -> int:
     return canary.hits - before
 
 
-@pytest.mark.slow
 def test_a_hub_that_names_another_machine(make_node: Make, canary: Canary) -> None:
     lab = federate(make_node, "alpha", "beta")
     lab.grant(lab.hub, "requestFiles")

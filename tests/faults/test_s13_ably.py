@@ -18,6 +18,8 @@ from tests.faults.report import report
 from tests.hubs import Hub, LabNode
 from tests.members2021 import MESSAGE, Closed, Wire, joined, payload, request_file, token_details
 
+pytestmark = pytest.mark.slow
+
 CHANNEL = "lab"
 NAME = f"{CHANNEL}-requestTasks"
 FLOOD_SECONDS = 4.0

@@ -19,6 +19,8 @@ from tests.federations import Federation, federate, sha1_of
 from tests.hubs import path_of_sha1
 from tests.servers import RunningNode, blob_path, drafts
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 STORM = 10_000
 POURED = 200 << 20
@@ -242,7 +244,6 @@ def test_many_names_of_one_file_are_one_upload(lab: Federation) -> None:
     assert unguarded[0] > 1
 
 
-@pytest.mark.slow
 def test_a_storm_of_requests(lab: Federation) -> None:
     """Two members ask for 10,000 files that nobody has, as fast as the hub lets them. Nothing goes out for it, memory
     stays, and others are served meanwhile."""

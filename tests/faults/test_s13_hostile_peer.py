@@ -19,6 +19,8 @@ from tests.bands import CHANNEL, TARGET, Member, connected
 from tests.faults.report import report, without
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 
@@ -131,7 +133,6 @@ def storm(hub: Hub) -> tuple[float, int, int]:
     return seconds, heard, errors
 
 
-@pytest.mark.slow
 def test_a_storm_is_slowed_down_and_not_amplified(make_node: Callable[..., RunningNode]) -> None:
     hub = Hub(make_node().start())
     watcher = Watcher(hub)
@@ -162,7 +163,6 @@ def test_control_without_a_quota(make_node: Callable[..., RunningNode]) -> None:
     assert seconds < (STORM - 2000) / 500 - 0.5
 
 
-@pytest.mark.slow
 def test_garbage(make_node: Callable[..., RunningNode]) -> None:
     """Random bytes, odd frames and odd objects: the connection ends or an error comes; the server has no failure."""
     hub = Hub(make_node().start())

@@ -20,6 +20,8 @@ from tests.faults.report import Client, histogram, messages_of, report, wait_for
 from tests.hubs import Hub, LabNode, path_of, upload_request
 from tests.servers import RunningNode, drafts
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 SUBFEED = "5" * 40
 
@@ -146,7 +148,6 @@ def test_what_comes_without_a_size_leaves_what_is_to_stay_free(make_node: Make, 
     report("S14", 2, what="bytes without a size", outcomes=outcomes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("guard", [True, False], ids=["guard", "control"])
 def test_a_flood_of_appends(make_node: Make, guard: bool) -> None:
     prefix = () if guard else without("no_shares")

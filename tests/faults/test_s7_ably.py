@@ -15,6 +15,8 @@ from tests.faults.report import report
 from tests.hubs import Hub, LabNode
 from tests.members2021 import ACK, ATTACHED, CONNECTED, MESSAGE, Wire, joined, request_file, token_details
 
+pytestmark = pytest.mark.slow
+
 CHANNEL = "lab"
 NAME = f"{CHANNEL}-requestFiles"
 

@@ -12,6 +12,8 @@ from tests.faults.report import report, without
 from tests.federations import CHANNEL, Federation, SignedRequests, federate, sha1_of
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 
 

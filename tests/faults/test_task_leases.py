@@ -26,6 +26,8 @@ from tests.faults.report import report, wait_for, without
 from tests.federations import CHANNEL, Federation, SignedRequests, node_id
 from tests.servers import Answer, RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 FUNCTION = "count.1"
 
@@ -289,7 +291,6 @@ def test_a_final_status_that_the_hub_could_not_be_told(make_node: Make) -> None:
         proxy.close()
 
 
-@pytest.mark.slow
 def test_a_cut_that_outlasts_the_lease(make_node: Make) -> None:
     """A calculation runs elsewhere, an action is an error that names the node; what comes later changes nothing."""
     lab, far, proxy = behind_a_lossy_hub(make_node)
@@ -581,7 +582,6 @@ def test_o4_clocks_that_are_set(make_node: Make, clock: Path) -> None:
     report("O4 leases", 6, wrong_expiries=0)
 
 
-@pytest.mark.slow
 def test_o4_control_leases_by_the_wall(make_node: Make, clock: Path) -> None:
     ended, finished = jumps(make_node, clock, "leases_by_the_wall")
     assert ended > 0 and finished < 2

@@ -26,6 +26,8 @@ from tests.hubs import Hub, sha1_of
 from tests.servers import RunningNode
 from tests.zones import Zone, fresh
 
+pytestmark = pytest.mark.slow
+
 DATA = bytes(range(256)) * 4000
 SECRET = fresh()
 

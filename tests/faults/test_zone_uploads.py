@@ -32,6 +32,8 @@ from tests.hubs import Hub, path_of, sha1_of
 from tests.servers import drafts, files_below
 from tests.zones import Zone, fresh
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
