@@ -288,6 +288,7 @@ def kill_everywhere(path: Path, backups: Path, prepare: Path | None) -> Iterator
         yield schema(path) if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_new_database_killed_at_each_statement(path: Path, backups: Path) -> None:
     found = []
     for left in kill_everywhere(path, backups, None):
@@ -298,6 +299,7 @@ def test_a_new_database_killed_at_each_statement(path: Path, backups: Path) -> N
     assert len(found) > len(metadata.tables)
 
 
+@pytest.mark.slow
 def test_an_older_database_killed_at_each_statement(
     path: Path, backups: Path, tmp_path: Path, next_revision: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

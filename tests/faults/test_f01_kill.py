@@ -313,7 +313,7 @@ def thinned(found: list[Point]) -> list[Point]:
     [
         ("store 4 KiB", list),
         ("store 45 MB", one_of_many),
-        ("append", thinned),
+        pytest.param("append", thinned, marks=pytest.mark.slow),
         pytest.param("mutable set", thinned, marks=pytest.mark.slow),
         pytest.param("linkFile", thinned, marks=pytest.mark.slow),
         pytest.param("delete blob", thinned, marks=pytest.mark.slow),

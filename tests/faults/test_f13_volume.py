@@ -26,6 +26,8 @@ from tests.faults.tools import (
 )
 from tests.servers import RunningNode, files_below
 
+pytestmark = pytest.mark.slow
+
 DATA = b"a blob of the lab"
 SHA1 = sha1_of(DATA)
 

@@ -21,6 +21,8 @@ from tests.faults.report import messages_of, missing, report, wait_for, without
 from tests.hubs import path_of
 from tests.servers import Answer, RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 HOUR, DAY = 3600, 86_400
 LIBRARY = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")

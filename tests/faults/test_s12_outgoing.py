@@ -26,6 +26,8 @@ from kachery_lab.errors import Forbidden, KacheryLabError, Unavailable
 from tests.faults.report import missing, report, wait_for
 from tests.servers import RunningNode
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunningNode]
 KEY = PrivateKey.from_seed("0a" * 32)
 HUB_ID = PrivateKey.from_seed("0b" * 32).public_hex
