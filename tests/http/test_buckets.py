@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import json
 import socket
 import time
-from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 from starlette.routing import compile_path
@@ -13,6 +13,7 @@ from starlette.routing import compile_path
 from kachery_lab.core.roles import Role
 from kachery_lab.services.principals import OPERATOR
 from tests.hubs import Hub, LabNode, path_of, sha1_of
+from tests.logs import logged_to
 from tests.servers import Answer
 
 DATA = bytes(range(256)) * 20
@@ -85,9 +86,13 @@ def test_a_new_epoch_ends_every_address(hub: Hub, channel: str, member: LabNode)
     assert hub.get(f"{hub.bucket(member, channel)}/{path}").body == DATA
 
 
-def test_capabilities_and_tickets_reach_no_log(hub: Hub, channel: str, member: LabNode) -> None:
-    written = io.StringIO()
-    with redirect_stdout(written):
+def test_capabilities_and_tickets_reach_no_log(tmp_path: Path) -> None:
+    # A server of its own: one that has answered before writes to the log of that time.
+    with logged_to(tmp_path / "log"), Hub(tmp_path / "hub") as hub:
+        channel, member = "lab", LabNode()
+        hub.make_channel(channel)
+        hub.register(member)
+        hub.join(member, channel)
         (url,) = hub.upload_urls(member, channel, [path_of(DATA)], [len(DATA)])
         assert hub.put(url, DATA).status == 200
         assert hub.put(f"{url}?x=1", DATA).status == 403
@@ -95,11 +100,14 @@ def test_capabilities_and_tickets_reach_no_log(hub: Hub, channel: str, member: L
         assert hub.get(f"{own}/{path_of(DATA)}").status == 200
         assert hub.get(f"{own}/nonsense").status == 400
         assert hub.get(f"{own.replace('~', '%7E')}/{path_of(DATA)}").status == 200
+    written = (tmp_path / "log").read_text()
+    requests = [json.loads(line) for line in written.splitlines() if '"event": "request"' in line]
+    found = [(line["method"], line["status"]) for line in requests if "/bucket/" in line["path"]]
+    assert found == [("PUT", 200), ("PUT", 403), ("GET", 200), ("GET", 400), ("GET", 200)]
     ticket, capability = url.rpartition("/")[2], own.split("~")[1].split("/")[0]
-    assert "/bucket/" in written.getvalue()
     for secret in (ticket, capability):
         for part in secret.split("."):
-            assert part not in written.getvalue()
+            assert part not in written
 
 
 # -- parts and headers -------------------------------------------------------------------------------------------------
