@@ -16,8 +16,8 @@ from kachery_lab.http import admin, blobs, buckets, health, openapi, v1
 from kachery_lab.http.bodies import JsonBudget
 from kachery_lab.http.context import SOCKET_STATE
 from kachery_lab.http.errors import EXCEPTION_HANDLERS
-from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, SafetyHeaders, Unexpected
-from kachery_lab.http.paths import by_exact_path
+from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, Unexpected
+from kachery_lab.http.paths import PathTable
 from kachery_lab.http.protocols import ably2021, daemon2021, figurl_local, gateway2022, hub2021, kachery2024
 from kachery_lab.node import Node
 
@@ -39,21 +39,23 @@ def create_app(node: Node) -> Starlette:
     settings = node.settings
     own_names = _own_names(settings.public_url, settings.allowed_hosts)
     app = Starlette(
-        routes=by_exact_path(
-            [
-                *daemon2021.routes(),
-                *hub2021.routes(),
-                *gateway2022.routes(),
-                *kachery2024.routes(),
-                *ably2021.routes(),
-                *buckets.routes(),
-                *blobs.routes(),
-                *v1.routes(),
-                *admin.routes(),
-                *health.routes(node.problems),
-                *openapi.routes(),
-            ]
-        ),
+        routes=[
+            PathTable(
+                [
+                    *daemon2021.routes(),
+                    *hub2021.routes(),
+                    *gateway2022.routes(),
+                    *kachery2024.routes(),
+                    *ably2021.routes(),
+                    *buckets.routes(),
+                    *blobs.routes(),
+                    *v1.routes(),
+                    *admin.routes(),
+                    *health.routes(node.problems),
+                    *openapi.routes(),
+                ]
+            )
+        ],
         middleware=_middleware(own_names, origins=settings.cors_origins),
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
@@ -66,7 +68,7 @@ def create_app(node: Node) -> Starlette:
 def create_figurl_app(node: Node) -> Starlette:
     """What figurl finds on a person's own machine, for the listener of its own; the node is started by the other."""
     app = Starlette(
-        routes=figurl_local.routes(),
+        routes=[PathTable(figurl_local.routes())],
         middleware=_middleware([], origins=node.settings.figurl_origins, open_to_pages=()),
         exception_handlers=EXCEPTION_HANDLERS,
     )
@@ -78,7 +80,6 @@ def _middleware(own_names: list[str], **cors: Any) -> list[Middleware]:
     return [
         Middleware(RequestLog),
         Middleware(Cors, **cors),
-        Middleware(SafetyHeaders),
         Middleware(HostCheck, allowed=own_names),
         Middleware(Unexpected),
     ]

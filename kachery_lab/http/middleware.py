@@ -1,4 +1,4 @@
-"""What wraps every route, outermost first: `RequestLog`, `Cors`, `SafetyHeaders`, `HostCheck`, `Unexpected`.
+"""What wraps every route, outermost first: `RequestLog`, `Cors`, `HostCheck`, `Unexpected`.
 
 Pure ASGI classes; each does one thing and costs microseconds.
 """
@@ -193,26 +193,6 @@ class Cors:
         await _refuse_socket(
             Forbidden("Pages of this origin may not use this server.", hint=hint), scope, receive, send
         )
-
-
-class SafetyHeaders:
-    """No browser guesses that stored bytes are a page."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def send_safe(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await self.app(scope, receive, send_safe)
 
 
 class Unexpected:

@@ -85,7 +85,6 @@ class RefusingProtocol(HttpToolsProtocol, Swept):
         lines += [
             b"content-type: " + PROBLEM_TYPE.encode(),
             b"content-length: %d" % len(body),
-            b"x-content-type-options: nosniff",
             b"vary: Origin",
             b"connection: close",
         ]

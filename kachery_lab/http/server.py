@@ -265,6 +265,8 @@ def build_server(
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        # No browser guesses that stored bytes are a page.
+        headers=[("x-content-type-options", "nosniff")],
         date_header=True,
         timeout_keep_alive=kept.keep_alive,
         timeout_graceful_shutdown=graceful_timeout,

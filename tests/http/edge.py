@@ -87,10 +87,10 @@ class Running:
         self.port = port
         self.server = server
 
-    def connect(self, timeout: float = 5.0) -> socket.socket:
+    def connect(self, timeout: float = 30.0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
-    def talk(self, data: bytes, timeout: float = 5.0) -> bytes:
+    def talk(self, data: bytes, timeout: float = 30.0) -> bytes:
         """Everything that is answered until the server closes."""
         with self.connect(timeout) as connection:
             connection.sendall(data)

@@ -12,7 +12,7 @@ import pytest
 from starlette.routing import Route, WebSocketRoute
 
 from kachery_lab.app import create_app
-from kachery_lab.http.paths import flat
+from kachery_lab.http.paths import PathTable
 from kachery_lab.node import open_node
 from kachery_lab.settings import Settings
 from tests.http.world import ADMIN, KINDS, World
@@ -46,7 +46,9 @@ def real_routes(tmp_path: Path) -> set[str]:
     node = open_node(Settings(KACHERY_STORAGE_DIR=tmp_path / "storage", metadata_dir=tmp_path / "metadata"))
     try:
         found = set()
-        for route in flat(create_app(node).routes):
+        (table,) = create_app(node).routes
+        assert isinstance(table, PathTable)
+        for route in table.routes:
             if isinstance(route, WebSocketRoute):
                 found.add(f"WEBSOCKET {route.path}")
                 continue

@@ -10,7 +10,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from kachery_lab.http.health import readyz, routes
-from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, SafetyHeaders, Unexpected, allow_origin
+from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, Unexpected, allow_origin
 
 Sent = list[dict[str, Any]]
 
@@ -177,11 +177,6 @@ def test_h10_echoed_header_names_are_header_names() -> None:
     assert len(echoed) < 2100
 
 
-def test_h10_nosniff() -> None:
-    assert header(call(SafetyHeaders(hello)), "x-content-type-options") == ["nosniff"]
-    assert header(call(hello), "x-content-type-options") == []
-
-
 class Lines:
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -307,7 +302,7 @@ def test_other_scopes_pass_untouched() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         kinds.append(scope["type"])
 
-    call(RequestLog(Cors(SafetyHeaders(HostCheck(Unexpected(app), [])))), kind="lifespan")
+    call(RequestLog(Cors(HostCheck(Unexpected(app), []))), kind="lifespan")
     assert kinds == ["lifespan"]
 
 

@@ -249,6 +249,17 @@ def test_h10_nothing_of_the_client_is_echoed_in_a_refusal(guarded: Running) -> N
     assert b"Set-Cookie" not in answer
 
 
+def test_h10_no_answer_is_for_guessing(guarded: Running, plain: Running) -> None:
+    line = b"\r\nx-content-type-options: nosniff\r\n"
+    for request in (
+        GOOD,
+        head("GET /nowhere HTTP/1.1", "Connection: close"),
+        head("GET / HTTP/1.1", "Content-Length: -1"),
+    ):
+        assert guarded.talk(request).count(line) == 1
+    assert line not in plain.talk(GOOD)
+
+
 def test_h11_a_refusal_names_the_origin_as_the_application_would() -> None:
     origins = ("http://one", "http://two")
     with running(lambda app: build_server(app, cors_origins=origins, graceful_timeout=1)) as server:
