@@ -73,11 +73,15 @@ class Answer:
     body: bytes
 
 
-def http(port: int, path: str, *, code: str | None = None, data: bytes | None = None) -> Answer:
+def http(
+    port: int, path: str, *, code: str | None = None, token: str | None = None, data: bytes | None = None
+) -> Answer:
     """One request, POST when there is `data`. Raises OSError when nobody answers."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=data)
     if code is not None:
         request.add_header("KACHERY-CLIENT-AUTH-CODE", code)
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
         with _DIRECT.open(request, timeout=20) as answer:
             return Answer(answer.status, answer.read())
@@ -130,6 +134,13 @@ class Container:
                 return
             time.sleep(0.25)
         raise AssertionError(f"health after {seconds} s: {health}\n{self.logs()}")
+
+    def wait_logged(self, text: str, seconds: float = 60) -> None:
+        """Return when it has written this."""
+        until = time.monotonic() + seconds
+        while text not in self.logs():
+            assert time.monotonic() < until, f"not logged within {seconds} s: {text}\n{self.logs()[-4000:]}"
+            time.sleep(0.25)
 
     def stop(self) -> int:
         """Ask it to end, wait for at most 40 s; its exit code (137: it had to be killed)."""
