@@ -41,6 +41,11 @@ class KacheryLabError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def text(self) -> str:
+        """Message and hint, where there is room for one text only."""
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
 
 class InvalidInput(KacheryLabError):
     """A malformed request, field or identifier."""

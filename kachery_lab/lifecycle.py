@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -14,8 +14,8 @@ from kachery_lab.blobs.durable import write_file
 from kachery_lab.blobs.layout import MetadataLayout, StorageLayout
 from kachery_lab.blobs.local import LocalBlobStore
 from kachery_lab.blobs.volume import HEARTBEAT, VolumeOwner, read_volume_id, require_writable, sweep_leftovers
-from kachery_lab.client.hub import HubClient
 from kachery_lab.core.ids import NodeLabel, UserName
+from kachery_lab.core.tickets import Signer
 from kachery_lab.db.engine import Database
 from kachery_lab.errors import KacheryLabError, StartRefused
 from kachery_lab.services import feed_index, mutables
@@ -74,6 +74,9 @@ from kachery_lab.services.users import UserService
 from kachery_lab.services.watches import WatchService
 from kachery_lab.settings import Settings
 
+if TYPE_CHECKING:
+    from kachery_lab.client.hub import HubClient
+
 PRUNE_SECONDS = 600.0
 VOLUME_ID = "volume_id"
 
@@ -97,6 +100,8 @@ class Node:
     blobs: BlobService
     files: FileService
     feeds: FeedService
+    feeds_log: LogWriter
+    records_log: LogWriter
     appends: Shares
     feed_requests: FeedRequests
     feed_providers: FeedProviders
@@ -113,6 +118,7 @@ class Node:
     channels: ChannelService
     authorizations: AuthorizationService
     buckets: BucketService
+    signer: Signer
     uploads: UploadService
     pending: PendingUploads
     channel_files: ChannelFiles
@@ -147,7 +153,6 @@ class Node:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
-        self._logs: list[LogWriter] = []
         self._clock = SteadyClock()
         self._owner: VolumeOwner
         self.stopping = asyncio.Event()
@@ -230,7 +235,7 @@ class Node:
         await self.feed_requests.close()
         await self.feed_providers.close()
         await self.resources.close()
-        for writer in self._logs:
+        for writer in (self.feeds_log, self.records_log):
             await writer.drain()
         await self.usage.close()
         await self.data.flush()

@@ -93,7 +93,7 @@ class BandsClient:
             try:
                 reason = await self._once()
             except KacheryLabError as error:
-                reason = f"{error.message}. {error.hint}" if error.hint else error.message
+                reason = error.text
             except Exception:
                 log.exception("bands_failed")
                 reason = "what the hub sent could not be handled"

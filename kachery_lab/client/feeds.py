@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import TYPE_CHECKING
 
-from kachery_lab.client.hub import HubClient
 from kachery_lab.core.canonical_json import loads_2021
 from kachery_lab.core.feeds import Checkpoint, ReceivedMessage, parse_signed_message
 from kachery_lab.core.ids import FeedId, SubfeedHash, parse_fields
 from kachery_lab.core.objects import subfeed_folder
 from kachery_lab.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from kachery_lab.client.hub import HubClient
 
 MAX_STATE = 64 * 1024
 MAX_PAGE = 104_000_000

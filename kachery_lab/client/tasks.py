@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kachery_lab.client.hub import HubClient
 from kachery_lab.core.tasks import TaskRequest, parse_status
 from kachery_lab.errors import InvalidInput, Unavailable
+
+if TYPE_CHECKING:
+    from kachery_lab.client.hub import HubClient
 
 
 @dataclass(frozen=True, slots=True)

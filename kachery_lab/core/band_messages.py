@@ -28,15 +28,11 @@ from kachery_lab.core.ids import (
 from kachery_lab.core.keys import PrivateKey
 from kachery_lab.core.signatures import parse_signature, sign_2021, verify_2021
 from kachery_lab.core.strict_json import check_signable, shorten
+from kachery_lab.core.tasks import MAX_ERROR, parse_backend_id, parse_kind, parse_status, parse_task_id
 from kachery_lab.errors import InvalidInput, TooLarge
 
 MAX_PAYLOAD = 65_536
 """Bytes of one payload; the older nodes' provider refuses more."""
-MAX_TASK_ID = 40
-MAX_ERROR_MESSAGE = 999
-MAX_BACKEND_ID = 1000
-TASK_STATUSES = frozenset({"waiting", "pending", "queued", "running", "finished", "error"})
-TASK_KINDS = frozenset({"pure-calculation", "query", "action"})
 
 Body = dict[str, Any]
 Check = Callable[[Any, str], object]
@@ -47,22 +43,16 @@ _PREFIX, _SUFFIX = '{"messages":[', "]}"
 _PROTO_KEY = '"__proto__":'
 
 
-def _text(least: int, most: int) -> Check:
-    def check(value: object, where: str) -> str:
-        if not isinstance(value, str) or not least <= len(value) <= most:
-            raise InvalidInput(f"{where}: expected {least} to {most} characters, got {shorten(value)}")
-        return value
-
-    return check
+def _upload_status(value: object, where: str) -> object:
+    if value not in ("started", "finished"):
+        raise InvalidInput(f"{where}: expected one of finished, started, got {shorten(value)}")
+    return value
 
 
-def _choice(allowed: frozenset[str]) -> Check:
-    def check(value: object, where: str) -> object:
-        if not isinstance(value, str) or value not in allowed:
-            raise InvalidInput(f"{where}: expected one of {', '.join(sorted(allowed))}, got {shorten(value)}")
-        return value
-
-    return check
+def _error_message(value: object, where: str) -> object:
+    if not isinstance(value, str) or len(value) > MAX_ERROR:
+        raise InvalidInput(f"{where}: expected 0 to {MAX_ERROR} characters, got {shorten(value)}")
+    return value
 
 
 def _list_of(check: Check) -> Check:
@@ -85,10 +75,6 @@ def _unchanged(check: Check) -> Check:
     return checked
 
 
-def _backend_id(value: object, where: str) -> object:
-    return None if value is None else _text(0, MAX_BACKEND_ID)(value, where)
-
-
 def _kwargs(value: object, where: str) -> object:
     # The older nodes take a list for an object here.
     if not isinstance(value, dict | list):
@@ -100,12 +86,11 @@ def _registered(value: object, where: str) -> object:
     fields = parse_fields(value, where, frozenset({"channelName", "taskFunctionId", "taskFunctionType"}), frozenset())
     ChannelName.parse(fields["channelName"], f"{where}.channelName")
     TaskFunctionId.parse(fields["taskFunctionId"], f"{where}.taskFunctionId")
-    _choice(TASK_KINDS)(fields["taskFunctionType"], f"{where}.taskFunctionType")
+    parse_kind(fields["taskFunctionType"], f"{where}.taskFunctionType")
     return value
 
 
 _SUBFEED: Mapping[str, Check] = {"feedId": FeedId.parse, "subfeedHash": SubfeedHash.parse}
-_TASK_ID = _text(0, MAX_TASK_ID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +114,7 @@ SHAPES: dict[str, Shape] = {
     "requestFile": Shape("requestFiles", {"fileKey": _unchanged(FileKey.parse)}, {}),
     "uploadFileStatus": Shape(
         "provideFiles",
-        {"fileKey": _unchanged(FileKey.parse), "status": _choice(frozenset({"started", "finished"}))},
+        {"fileKey": _unchanged(FileKey.parse), "status": _upload_status},
         {},
     ),
     "subscribeToSubfeed": Shape("requestFeeds", {**_SUBFEED, "position": parse_whole_number}, {}),
@@ -146,20 +131,20 @@ SHAPES: dict[str, Shape] = {
     "requestTask": Shape(
         "requestTasks",
         {
-            "taskId": _TASK_ID,
+            "taskId": parse_task_id,
             "taskFunctionId": TaskFunctionId.parse,
-            "taskFunctionType": _choice(TASK_KINDS),
+            "taskFunctionType": parse_kind,
             "taskKwargs": _kwargs,
         },
-        {"backendId": _backend_id},
+        {"backendId": parse_backend_id},
     ),
     "updateTaskStatus": Shape(
         "provideTasks",
-        {"taskId": _TASK_ID, "status": _choice(TASK_STATUSES)},
-        {"errorMessage": _text(0, MAX_ERROR_MESSAGE)},
+        {"taskId": parse_task_id, "status": parse_status},
+        {"errorMessage": _error_message},
     ),
     "probeTaskFunctions": Shape(
-        "requestTasks", {"taskFunctionIds": _list_of(TaskFunctionId.parse)}, {"backendId": _backend_id}
+        "requestTasks", {"taskFunctionIds": _list_of(TaskFunctionId.parse)}, {"backendId": parse_backend_id}
     ),
     "reportRegisteredTaskFunctions": Shape("provideTasks", {"registeredTaskFunctions": _list_of(_registered)}, {}),
 }

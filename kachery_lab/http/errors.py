@@ -1,19 +1,24 @@
-"""Error class -> status, in one table, and the problem document that carries an error to a client."""
+"""Error class -> status, in one table, and the forms in which an error reaches a client: our own problem document, a
+line of text, or what a protocol room makes of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kachery_lab import errors
 from kachery_lab.client.problems import extra_fields
 from kachery_lab.errors import KacheryLabError
+from kachery_lab.http.describe import Handler
 
 PROBLEM_TYPE = "application/problem+json"
+Form = Callable[[Request, KacheryLabError], Response]
+"""How a room tells an error."""
 
 STATUS: Mapping[type[KacheryLabError], int] = {
     KacheryLabError: 500,
@@ -85,6 +90,24 @@ def problem(error: KacheryLabError, *, status: int | None = None) -> JSONRespons
     """The answer for an error: `type, title, status, code, detail`, `hint` if any, and the fields of its class."""
     shown = status_of(error) if status is None else status
     return _ProblemResponse(problem_document(error, shown), shown, headers=problem_headers(error))
+
+
+def line_of_text(error: KacheryLabError, *, status: int | None = None) -> Response:
+    """The answer for an error where clients show the body to a person as it is."""
+    return PlainTextResponse(error.text, status_of(error) if status is None else status, problem_headers(error))
+
+
+def answering(handler: Handler, form: Form) -> Handler:
+    """A handler whose errors are answered in the form of its room."""
+
+    @wraps(handler)
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except KacheryLabError as error:
+            return form(request, error)
+
+    return endpoint
 
 
 class _Unexpected(KacheryLabError):

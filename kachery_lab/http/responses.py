@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from kachery_lab.core.ids import Sha1
 from kachery_lab.errors import RangeNotSatisfiable
-from kachery_lab.services.blobs import READ_PIECE, Content
+from kachery_lab.services.content import READ_PIECE, Content
 
 _RANGE = re.compile(r"bytes=[ \t]*(\d{0,100})-(\d{0,100})[ \t]*", re.ASCII | re.IGNORECASE)
 IMMUTABLE = "private, max-age=31536000, immutable"

@@ -9,12 +9,10 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
-from kachery_lab.client.bands import BandsClient
-from kachery_lab.client.hub import HubClient
 from kachery_lab.core.band_messages import band_of, parse_message, sign_message
 from kachery_lab.core.bands import rights
 from kachery_lab.core.ids import ChannelName, NodeId
@@ -23,7 +21,11 @@ from kachery_lab.core.roles import Role, parse_roles
 from kachery_lab.core.strict_json import shorten
 from kachery_lab.errors import InvalidInput, KacheryLabError, Unavailable
 from kachery_lab.observability.logging import RateLimited
-from kachery_lab.services.broker import ConnectionEnded, HubBands, MemberConnection
+from kachery_lab.services.broker import HubBands
+from kachery_lab.services.member_connections import ConnectionEnded, MemberConnection
+
+if TYPE_CHECKING:
+    from kachery_lab.client.hub import HubClient
 
 MAX_AT_ONCE = 64
 """Messages of one type that are handled at the same time."""
@@ -233,6 +235,9 @@ class JoinedBands:
         self._subscribed: set[tuple[str, str]] = set()
         self._changed = asyncio.Event()
         self._odd = RateLimited(3)
+        # Only here: importing it takes long, and most nodes have no other hub.
+        from kachery_lab.client.bands import BandsClient
+
         self._client = BandsClient(hub, receive=self._receive, opened=self._changed.set, lost=self._forget)
 
     async def publish(self, channel: str, body: dict[str, Any]) -> None:

@@ -12,183 +12,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-import structlog
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from kachery_lab.core.band_messages import SignedBody, band_of
 from kachery_lab.core.bands import BANDS, Right, role_for
 from kachery_lab.core.ids import NodeId
+from kachery_lab.core.rates import Allowance
 from kachery_lab.core.roles import Role, role_names
 from kachery_lab.errors import Forbidden, InvalidInput, NotFound, TooManyRequests
 from kachery_lab.services.access_data import AccessData
 from kachery_lab.services.audit import AuditService
+from kachery_lab.services.member_connections import Delivery, End, MemberConnection, Topic, new_allowances
 
-Topic = tuple[str, str]
-"""(Channel, band)."""
-EndCode = Literal["slow_reader", "not_approved", "replaced", "stopping", "bad_frame", "closed"]
-
-MAX_QUEUED = 4000
-"""Messages that may wait for one connection."""
-MAX_QUEUED_BYTES = 4 << 20
 MAX_QUEUED_TOTAL = 128 << 20
 """Bytes that may wait for all connections together; then the one with the most is cut off."""
 MAX_CONNECTIONS_PER_NODE = 100
-PUBLISH_RATE = 500.0
-"""Messages per second that a node may publish for long; `PUBLISH_BURST` at once. Then it is read more slowly."""
-PUBLISH_BURST = 2000.0
-PUBLISH_BYTES = 2e6
-PUBLISH_BYTES_BURST = 16e6
 REFRESH_SECONDS = 0.25
 """Rights of open connections follow a change of the access data within this time."""
 _SEEN_NODES = 10_000
-
-log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message on its way to those who subscribe. Every room keeps the form that it sends in `forms`, so that it is
-    made once however many get it."""
-
-    channel: str
-    band: str
-    message: SignedBody
-    size: int
-    forms: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Why the hub ends a connection: a code for programs, a text for people."""
-
-    code: EndCode
-    reason: str
-
-
-class ConnectionEnded(Exception):
-    """`take` has nothing more to give: the hub ended this connection."""
-
-    def __init__(self, end: End) -> None:
-        super().__init__(end.reason)
-        self.end = end
-
-
-class Quota:
-    """How much a node may publish: so many units a second, after a burst. Nothing is refused, it only waits."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._left = burst
-        self._at = time.monotonic()
-
-    def take(self, amount: float) -> float:
-        """Use up `amount`; seconds to wait before more may be read."""
-        now = time.monotonic()
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate) - amount
-        self._at = now
-        return max(0.0, -self._left / self._rate)
-
-
-def new_quotas() -> tuple[Quota, Quota]:
-    """Of messages and of bytes."""
-    return Quota(PUBLISH_RATE, PUBLISH_BURST), Quota(PUBLISH_BYTES, PUBLISH_BYTES_BURST)
-
-
-class MemberConnection:
-    """One connection of a node. A room opens it with `HubBands.open`, sends what `take` gives, and closes it.
-
-    What goes out are Deliveries, and whatever the room itself `put`s (answers), in the order in which they came.
-    """
-
-    def __init__(self, node_id: NodeId, peer: str | None, on_change: Callable[[], None] | None) -> None:
-        self.node_id = node_id
-        self.peer = peer
-        self.on_change = on_change
-        self.wanted: set[Topic] = set()
-        self.active: set[Topic] = set()
-        self.end: End | None = None
-        self.alone = False
-        self.queued_bytes = 0
-        self.on_queued: Callable[[int], None] | None = None
-        self.on_end: Callable[[], None] | None = None
-        self._queue: deque[tuple[Any, int]] = deque()
-        self._wake = asyncio.Event()
-        self._ended = asyncio.Event()
-        self.quotas = new_quotas()
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def put(self, item: Any, size: int) -> None:
-        """Queue something of the room's own, or a Delivery. A full queue ends the connection."""
-        if self.end is not None:
-            return
-        if len(self._queue) >= MAX_QUEUED or self.queued_bytes + size > MAX_QUEUED_BYTES:
-            self.finish(End("slow_reader", f"{len(self._queue)} messages were waiting to be read"))
-            return
-        self._queue.append((item, size))
-        self._account(size)
-        self._wake.set()
-
-    async def take(self, most_bytes: int = 1 << 18, most: int = 200) -> list[Any]:
-        """What waits to be sent: at least one item, in order, about `most_bytes` together. Raises ConnectionEnded."""
-        while not self._queue:
-            if self.end is not None:
-                raise ConnectionEnded(self.end)
-            self._wake.clear()
-            await self._wake.wait()
-        if self.end is not None:
-            raise ConnectionEnded(self.end)
-        found: list[Any] = []
-        total = 0
-        while self._queue and len(found) < most and (not found or total + self._queue[0][1] <= most_bytes):
-            item, size = self._queue.popleft()
-            found.append(item)
-            total += size
-        self._account(-total)
-        return found
-
-    async def throttle(self, messages: int, size: int) -> None:
-        """Rooms call this for each frame that they read, before they look into it: waits when the quota is used up."""
-        wait = max(self.quotas[0].take(messages), self.quotas[1].take(size))
-        if wait > 0:
-            await asyncio.sleep(wait)
-
-    def finish(self, end: End) -> None:
-        """End it, for the first reason that is given. What waits is dropped."""
-        if self.end is None:
-            self.end = end
-            self._drop(lambda _: True)
-            self._ended.set()
-            self._wake.set()
-            if self.on_end is not None:
-                self.on_end()
-
-    async def wait_end(self) -> End:
-        """Waits until the hub ends this connection, and says why. A room that is stuck in sending learns it here."""
-        await self._ended.wait()
-        assert self.end is not None
-        return self.end
-
-    def drop(self, topics: Iterable[Topic]) -> None:
-        """Take messages of these topics out of the queue: they may not be read any more."""
-        gone = frozenset(topics)
-        self._drop(lambda item: isinstance(item, Delivery) and (item.channel, item.band) in gone)
-
-    def _drop(self, goes: Callable[[Any], bool]) -> None:
-        kept = deque(entry for entry in self._queue if not goes(entry[0]))
-        self._account(sum(size for _, size in kept) - self.queued_bytes)
-        self._queue = kept
-
-    def _account(self, change: int) -> None:
-        self.queued_bytes += change
-        if self.on_queued is not None:
-            self.on_queued(change)
 
 
 class Broker(Protocol):
@@ -239,7 +82,7 @@ class HubBands:
         self._broker: Broker = broker or LocalBroker()
         self._connections: dict[NodeId, list[MemberConnection]] = {}
         self._seen: OrderedDict[NodeId, float] = OrderedDict()
-        self._quotas: OrderedDict[NodeId, tuple[Quota, Quota]] = OrderedDict()
+        self._allowances: OrderedDict[NodeId, tuple[Allowance, Allowance]] = OrderedDict()
         self._queued = 0
         self._refresh_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -268,19 +111,19 @@ class HubBands:
         connection.on_queued = self._count
         connection.on_end = lambda: self._forget(connection)
         connection.alone = alone
-        connection.quotas = self._quotas_of(node_id)
+        connection.allowances = self._allowances_of(node_id)
         if alone:
             for other in [one for one in mine if one.alone]:
                 self.close(other, End("replaced", "this node opened a newer connection"))
         self._connections.setdefault(node_id, []).append(connection)
         return connection
 
-    def _quotas_of(self, node_id: NodeId) -> tuple[Quota, Quota]:
+    def _allowances_of(self, node_id: NodeId) -> tuple[Allowance, Allowance]:
         """Of the node, so that a new connection is no new allowance."""
-        found = self._quotas.pop(node_id, None) or new_quotas()
-        self._quotas[node_id] = found
-        if len(self._quotas) > _SEEN_NODES:
-            self._quotas.popitem(last=False)
+        found = self._allowances.pop(node_id, None) or new_allowances()
+        self._allowances[node_id] = found
+        if len(self._allowances) > _SEEN_NODES:
+            self._allowances.popitem(last=False)
         return found
 
     def close(self, connection: MemberConnection, end: End | None = None) -> None:

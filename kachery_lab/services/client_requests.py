@@ -6,12 +6,10 @@ the answer of the first and has no effect of its own. Answers are kept as long a
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -23,6 +21,7 @@ from kachery_lab.core.signatures import parse_signature, verify_2021
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import client_answers
 from kachery_lab.errors import TooManyRequests, Unauthenticated
+from kachery_lab.services.locks import KeyLocks
 
 WINDOW_MS = 15 * 60 * 1000
 """How far the time in a request may be from this server's, either way."""
@@ -38,7 +37,7 @@ class ClientRequests:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._locks: KeyLocks[str] = KeyLocks()  # one request of a signature at a time
         self._rates = Rates(PER_SECOND, BURST)
 
     def check_time(self, timestamp: float) -> None:
@@ -71,27 +70,12 @@ class ClientRequests:
     async def once(self, signature: str, timestamp: float, work: Callable[[], Awaitable[Answer]]) -> Answer:
         """The answer of `work`, which takes effect once for a signature, restarts of the server included; a repeat
         waits for it. An error is not kept: what failed may be tried again. Raises what `work` raises."""
-        async with self._lock(signature):
+        async with self._locks.hold(signature):
             answer = await self._known(signature)
             if answer is None:
                 answer = await work()
                 await self._keep(signature, timestamp, answer)
             return answer
-
-    @asynccontextmanager
-    async def _lock(self, signature: str) -> AsyncIterator[None]:
-        """One request of a signature at a time; locks exist only while somebody wants them."""
-        lock, users = self._locks.get(signature, (asyncio.Lock(), 0))
-        self._locks[signature] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks[signature]
-            if users == 1:
-                del self._locks[signature]
-            else:
-                self._locks[signature] = (lock, users - 1)
 
     async def _known(self, signature: str) -> Answer | None:
         statement = select(client_answers.c.answer).where(client_answers.c.signature == signature)

@@ -10,10 +10,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
-from kachery_lab.client.hub import HubClient, HubMembership
 from kachery_lab.core.ids import FileKey, Sha1
 from kachery_lab.core.manifests import MAX_MANIFEST_BYTES
 from kachery_lab.core.objects import ObjectPath
@@ -28,6 +28,9 @@ from kachery_lab.services.offers import Progress, UploadUrl
 from kachery_lab.services.origins import OriginService
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.stats import Stats
+
+if TYPE_CHECKING:
+    from kachery_lab.client.hub import HubClient, HubMembership
 
 REPORT_SECONDS = 300.0
 FIRST_RETRY = 2.0

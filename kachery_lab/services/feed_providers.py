@@ -18,13 +18,14 @@ import structlog
 
 from kachery_lab.core.band_messages import split_feed_messages
 from kachery_lab.core.canonical_json import loads_2021
-from kachery_lab.core.ids import FeedId, NodeId, SubfeedHash
+from kachery_lab.core.ids import NodeId
 from kachery_lab.core.roles import Role
 from kachery_lab.errors import Forbidden, KacheryLabError
 from kachery_lab.observability.logging import RateLimited
 from kachery_lab.services.bands import BandHandlers, BandMessage, ChannelBands
+from kachery_lab.services.channel_subfeeds import ChannelSubfeed
 from kachery_lab.services.events import Events
-from kachery_lab.services.feed_channels import FeedChannelFinder, FeedChannels
+from kachery_lab.services.feed_channels import FeedChannelFinder
 from kachery_lab.services.received_feeds import ReceivedFeeds
 from kachery_lab.services.received_index import Place
 from kachery_lab.services.watches import Span, Watch, WatchService
@@ -44,8 +45,6 @@ LIVE_CHARACTERS = 256 * 1024
 """What was appended at once goes out live up to this much; more goes by the bucket."""
 MAX_PROVIDED = 5_000
 
-_Key = tuple[int, str, str, str]
-
 log = structlog.get_logger(__name__)
 
 
@@ -53,10 +52,7 @@ log = structlog.get_logger(__name__)
 class _Provided:
     """A subfeed that somebody in a channel follows."""
 
-    side: FeedChannels
-    channel: str
-    feed_id: FeedId
-    subfeed_hash: SubfeedHash
+    subfeed: ChannelSubfeed
     expires: float
     lowest: int
     asked: bool = True
@@ -93,7 +89,7 @@ class FeedProviders:
         self._expires = expires
         self._upload = upload
         self._relay = relay
-        self._provided: dict[_Key, _Provided] = {}
+        self._provided: dict[ChannelSubfeed, _Provided] = {}
         self._notes = RateLimited()
         handlers.on("subscribeToSubfeed", self._heard)
 
@@ -106,30 +102,26 @@ class FeedProviders:
 
     async def _heard(self, message: BandMessage, bands: ChannelBands) -> None:
         """`subscribeToSubfeed`. What is not here, or not for this channel, is not answered."""
-        side = self._finder.of(bands)
-        if message.sender == self._own_node or not side.may(message.channel, Role.PROVIDE_FEEDS):
+        subfeed = ChannelSubfeed.of(self._finder.of(bands), message)
+        if message.sender == self._own_node or not subfeed.may(Role.PROVIDE_FEEDS):
             return
-        feed_id, subfeed_hash = FeedId(message.body["feedId"]), SubfeedHash(message.body["subfeedHash"])
-        key = (id(side), message.channel, feed_id, subfeed_hash)
         position = message.body["position"]
-        if self._asked_again(key, position):
+        if self._asked_again(subfeed, position):
             return
-        place = await self._received.place(feed_id, subfeed_hash, await side.origin(message.channel))
-        if self._asked_again(key, position) or (not place.writeable and place.received <= position):
+        place = await self._place(subfeed)
+        if self._asked_again(subfeed, position) or (not place.writeable and place.received <= position):
             return
         if len(self._provided) >= MAX_PROVIDED:
             self._notes.note("feed_not_provided", channel=message.channel, most=MAX_PROVIDED)
             return
-        until = time.monotonic() + self._expires
-        provided = _Provided(side, message.channel, feed_id, subfeed_hash, until, position)
-        provided.sent = place.head.num_messages
-        self._provided[key] = provided
+        provided = _Provided(subfeed, time.monotonic() + self._expires, position, sent=place.head.num_messages)
+        self._provided[subfeed] = provided
         work = self._provide(provided) if place.writeable else self._pass_on(provided)
-        provided.task = asyncio.create_task(self._run(key, work))
+        provided.task = asyncio.create_task(self._run(provided, work))
 
-    def _asked_again(self, key: _Key, position: int) -> bool:
+    def _asked_again(self, subfeed: ChannelSubfeed, position: int) -> bool:
         """Whether the subfeed is provided already; then it goes on, for this subscriber too."""
-        known = self._provided.get(key)
+        known = self._provided.get(subfeed)
         if known is None:
             return False
         known.expires, known.asked = time.monotonic() + self._expires, True
@@ -137,36 +129,27 @@ class FeedProviders:
         known.wake.set()
         return True
 
-    async def _run(self, key: _Key, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, provided: _Provided, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except KacheryLabError as error:
-            self._note_failure(self._provided[key], error)
+            self._note_failure(provided, error)
         except Exception:
             log.exception("feed_provider_failed")
         finally:
-            del self._provided[key]
+            del self._provided[provided.subfeed]
 
     def _note_failure(self, provided: _Provided, error: KacheryLabError) -> None:
-        self._notes.note(
-            "feed_not_provided",
-            channel=provided.channel,
-            feed_id=provided.feed_id,
-            subfeed_hash=provided.subfeed_hash,
-            code=error.code,
-            reason=error.message,
-        )
+        self._notes.note("feed_not_provided", **provided.subfeed.failure(error))
 
-    async def _place(self, provided: _Provided) -> Place:
-        origin = await provided.side.origin(provided.channel)
-        return await self._received.place(provided.feed_id, provided.subfeed_hash, origin)
+    async def _place(self, subfeed: ChannelSubfeed) -> Place:
+        return await self._received.place(*subfeed.name, await subfeed.origin())
 
     # -- feeds that are written here -----------------------------------------------------------------------------
 
     async def _provide(self, provided: _Provided) -> None:
         """Until the subscription expires: answer subscriptions, send what is appended, put it into the bucket."""
-        topic = (provided.feed_id, provided.subfeed_hash)
-        with self._events.subscribe([topic], flag=provided.wake):
+        with self._events.subscribe([provided.subfeed.name], flag=provided.wake):
             while time.monotonic() < provided.expires and not self._events.closed:
                 provided.wake.clear()
                 try:
@@ -185,7 +168,7 @@ class FeedProviders:
 
     async def _step(self, provided: _Provided) -> float:
         """Send and upload what is due; in how many seconds something is due again."""
-        place = await self._place(provided)
+        place = await self._place(provided.subfeed)
         if not place.writeable:
             provided.expires = 0
             return 0
@@ -209,7 +192,7 @@ class FeedProviders:
     async def _send_live(self, provided: _Provided, place: Place) -> None:
         """`newSubfeedMessages` for what was appended. What does not fit goes by the bucket, at once."""
         start, end = provided.sent, place.head.num_messages
-        watch = Watch(provided.feed_id, provided.subfeed_hash, start)
+        watch = Watch(*provided.subfeed.name, start)
         characters = 0
         async for page in self._watches.read(Span(watch, start, end), signed=True):
             characters += sum(len(text) for text in page)
@@ -221,15 +204,10 @@ class FeedProviders:
 
     async def _publish_messages(self, provided: _Provided, page: Sequence[str]) -> int:
         """How many of a page fitted."""
-        body: dict[str, Any] = {
-            "type": "newSubfeedMessages",
-            "feedId": provided.feed_id,
-            "subfeedHash": provided.subfeed_hash,
-            "messages": [loads_2021(text.encode()) for text in page],
-        }
+        messages = [loads_2021(text.encode()) for text in page]
         sent = 0
-        for part in split_feed_messages(body):
-            await provided.side.bands.publish(provided.channel, part)
+        for part in split_feed_messages(provided.subfeed.body("newSubfeedMessages", messages=messages)):
+            await provided.subfeed.publish(part)
             sent += len(part["messages"])
             provided.sent += len(part["messages"])
         return sent
@@ -242,26 +220,21 @@ class FeedProviders:
             return
         provided.upload_at = 0
         try:
-            shown = await provided.side.provide(
-                provided.channel, provided.feed_id, provided.subfeed_hash, count, place.checkpoint
-            )
+            shown = await provided.subfeed.provide(count, place.checkpoint)
         except BaseException:
             provided.lowest, provided.upload_at = min(lowest, provided.lowest), due
             raise
         if shown > count:
             log.warning(
                 "the channel has more of a feed than this node, which writes it",
-                channel=provided.channel,
-                feed_id=provided.feed_id,
-                subfeed_hash=provided.subfeed_hash,
+                **provided.subfeed.log_fields,
                 channel_has=shown,
                 here=count,
             )
         await self._publish_count(provided, count)
 
     async def _publish_count(self, provided: _Provided, count: int) -> None:
-        body = {"type": "numSubfeedMessagesUploaded", "feedId": provided.feed_id, "numMessages": count}
-        await provided.side.bands.publish(provided.channel, {**body, "subfeedHash": provided.subfeed_hash})
+        await provided.subfeed.publish(provided.subfeed.body("numSubfeedMessagesUploaded", numMessages=count))
 
     async def _send_checkpoint(self, provided: _Provided, place: Place) -> None:
         """The newest checkpoint, on the way that messages do not take."""
@@ -270,20 +243,17 @@ class FeedProviders:
         if newest is None or newest.count <= provided.vouched or now < provided.checkpoint_at + CHECKPOINT_SECONDS:
             return
         provided.vouched, provided.checkpoint_at = newest.count, now
-        await provided.side.bands.publish(provided.channel, {"type": "subfeedCheckpoint", **newest.to_json()})
+        await provided.subfeed.publish({"type": "subfeedCheckpoint", **newest.to_json()})
 
     # -- feeds that were received --------------------------------------------------------------------------------
 
     async def _pass_on(self, provided: _Provided) -> None:
         """Put what came through this very channel into its bucket, unless somebody else does first."""
         await asyncio.sleep(self._relay * (1 + secrets.randbelow(1000) / 1000))
-        place = await self._place(provided)
-        shown, _ = await provided.side.state(provided.channel, provided.feed_id, provided.subfeed_hash)
+        place = await self._place(provided.subfeed)
+        shown, _ = await provided.subfeed.state()
         if place.received > shown:
-            checkpoint = place.checkpoint
-            await provided.side.provide(
-                provided.channel, provided.feed_id, provided.subfeed_hash, place.received, checkpoint
-            )
+            await provided.subfeed.provide(place.received, place.checkpoint)
             await self._publish_count(provided, place.received)
         if place.checkpoint is not None:
             provided.vouched = 0

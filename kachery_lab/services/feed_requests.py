@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -23,8 +22,10 @@ from kachery_lab.core.roles import Role
 from kachery_lab.errors import FeedFork, Forbidden, InvalidInput, KacheryLabError, NotFound, Unavailable
 from kachery_lab.observability.logging import RateLimited
 from kachery_lab.services.bands import BandHandlers, BandMessage, ChannelBands
-from kachery_lab.services.feed_channels import FeedChannelFinder, FeedChannels
+from kachery_lab.services.channel_subfeeds import ChannelSubfeed
+from kachery_lab.services.feed_channels import FeedChannelFinder
 from kachery_lab.services.feeds import FeedService
+from kachery_lab.services.followed_subfeeds import FollowedSubfeed
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.received_feeds import ReceivedFeeds
 from kachery_lab.services.watches import Span, Watch, WatchService
@@ -45,41 +46,11 @@ FIRST_FETCH_SECONDS = 10.0
 """A first watch waits so long for what the bucket has; the rest comes in while it answers."""
 UNMET_SECONDS = 10.0
 """Messages that a checkpoint vouches for and that have not come after so long are reported."""
-PROBLEM_SECONDS = 600.0
 RIGHTS_SECONDS = 2.0
 """A watch waits so long for the hub's word on rights; then only what is here counts."""
 MAX_OPEN = 10_000
 
-_Key = tuple[int, str, str, str]
-
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Remote:
-    """A subfeed that is open through a channel."""
-
-    side: FeedChannels
-    channel: str
-    origin: str
-    feed_id: FeedId
-    subfeed_hash: SubfeedHash
-    used: float
-    waiting: int = 0
-    subscribed: float = -1e9
-    fetched: float = -1e9
-    fetch: asyncio.Task[None] | None = None
-    again: bool = False
-    renewal: asyncio.Task[None] | None = None
-    vouched: int = 0
-    vouched_at: float = 0.0
-    problem: str | None = None
-    problem_at: float = 0.0
-    tried: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def idle(self) -> bool:
-        return not self.waiting and self.fetch is None and self.renewal is None
 
 
 class FeedRequests:
@@ -104,7 +75,7 @@ class FeedRequests:
         self._own_node = own_node
         self._renew = renew
         self._unmet = unmet
-        self._remotes: OrderedDict[_Key, _Remote] = OrderedDict()
+        self._followed: OrderedDict[ChannelSubfeed, FollowedSubfeed] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._notes = RateLimited()
         handlers.on("newSubfeedMessages", self._heard_messages)
@@ -133,25 +104,25 @@ class FeedRequests:
         Raises Forbidden that names role and channel when this node, or the caller's token, may not request feeds there.
         A channel that is unknown, or whose hub cannot be reached, is like one that has nothing.
         """
-        remotes: dict[str, _Remote] = {}
+        opened: dict[str, FollowedSubfeed] = {}
         for name, watch in watches.items():
-            remote = await self._open(watch, channels.get(name, LOCAL), principal)
-            if remote is not None:
-                remotes[name] = remote
-        first = [remote for remote in remotes.values() if self._refresh(remote) and not remote.tried.is_set()]
+            followed = await self._open(watch, channels.get(name, LOCAL), principal)
+            if followed is not None:
+                opened[name] = followed
+        first = [followed for followed in opened.values() if self._refresh(followed) and not followed.tried.is_set()]
         if first:
             await asyncio.wait(
-                [asyncio.create_task(remote.tried.wait()) for remote in first], timeout=FIRST_FETCH_SECONDS
+                [asyncio.create_task(followed.tried.wait()) for followed in first], timeout=FIRST_FETCH_SECONDS
             )
         found, waited = await self._watches.watch(
-            watches, wait_ms=wait_ms, max_messages=max_messages, waiting=lambda: self._waiting(remotes.values())
+            watches, wait_ms=wait_ms, max_messages=max_messages, waiting=lambda: self._waiting(opened.values())
         )
         if waited:
-            await self._require_still(remotes.values(), principal)
-        problems = {name: text for name, remote in remotes.items() if (text := self._problem(remote)) is not None}
+            await self._require_still(opened.values(), principal)
+        problems = {name: text for name, followed in opened.items() if (text := followed.told) is not None}
         return found, waited, problems
 
-    async def _open(self, watch: Watch, channel: str, principal: Principal) -> _Remote | None:
+    async def _open(self, watch: Watch, channel: str, principal: Principal) -> FollowedSubfeed | None:
         """None: only what is here counts. A feed that is written here is whole here."""
         try:
             name = ChannelName.parse(channel)
@@ -162,7 +133,7 @@ class FeedRequests:
         place = (name, watch.feed_id, watch.subfeed_hash)
         try:
             async with asyncio.timeout(RIGHTS_SECONDS):
-                remote = await self._allowed(place, principal)
+                followed = await self._allowed(place, principal)
         except Forbidden:
             raise
         except NotFound:
@@ -170,65 +141,65 @@ class FeedRequests:
         except (KacheryLabError, TimeoutError) as error:
             self._notes.note("feed_channel_unreachable", channel=name, reason=str(error) or "the hub does not answer")
             # What is followed already goes on when the hub is back.
-            remote = next((found for key, found in self._remotes.items() if key[1:] == place), None)
-        if remote is not None:
-            remote.used = time.monotonic()
-        return remote
+            followed = next(
+                (found for key, found in self._followed.items() if (key.channel, *key.name) == place),
+                None,
+            )
+        if followed is not None:
+            followed.used = time.monotonic()
+        return followed
 
-    async def _allowed(self, place: tuple[ChannelName, FeedId, SubfeedHash], principal: Principal) -> _Remote | None:
+    async def _allowed(
+        self, place: tuple[ChannelName, FeedId, SubfeedHash], principal: Principal
+    ) -> FollowedSubfeed | None:
         """The subfeed in a channel where this node may follow it. Raises Forbidden, NotFound, Unavailable."""
-        channel, feed_id, subfeed_hash = place
+        channel = place[0]
         side = await self._finder.find(channel)
         await side.require(channel, Role.REQUEST_FEEDS, principal)
-        key = (id(side), *place)
-        if key not in self._remotes:
+        key = ChannelSubfeed(side, *place)
+        if key not in self._followed:
             origin = await side.origin(channel)
             self._forget_idle()
-            if len(self._remotes) >= MAX_OPEN:
+            if len(self._followed) >= MAX_OPEN:
                 raise Unavailable(f"{MAX_OPEN} subfeeds are followed already")
-            self._remotes.setdefault(key, _Remote(side, channel, origin, feed_id, subfeed_hash, time.monotonic()))
-        self._remotes.move_to_end(key)
-        return self._remotes[key]
+            self._followed.setdefault(key, FollowedSubfeed(key, origin, time.monotonic()))
+        self._followed.move_to_end(key)
+        return self._followed[key]
 
     @staticmethod
-    async def _require_still(remotes: Iterable[_Remote], principal: Principal) -> None:
+    async def _require_still(subfeeds: Iterable[FollowedSubfeed], principal: Principal) -> None:
         """A role that was taken away while somebody waited ends the watch. Raises Forbidden."""
-        for remote in remotes:
-            if not remote.side.may(remote.channel, Role.REQUEST_FEEDS):
+        for subfeed in (followed.subfeed for followed in subfeeds):
+            if not subfeed.may(Role.REQUEST_FEEDS):
                 try:
-                    await remote.side.require(remote.channel, Role.REQUEST_FEEDS, principal)
+                    await subfeed.side.require(subfeed.channel, Role.REQUEST_FEEDS, principal)
                 except Forbidden:
                     raise
                 except KacheryLabError as error:
                     # A hub that is away for a moment takes nothing from what is here.
-                    log.debug("rights are not known", channel=remote.channel, code=error.code)
+                    log.debug("rights are not known", channel=subfeed.channel, code=error.code)
 
     def _forget_idle(self) -> None:
         """Close a few of those that were unused the longest."""
         before = time.monotonic() - OPEN_SECONDS
-        for key, remote in list(itertools.islice(self._remotes.items(), 10)):
-            if remote.idle and (remote.used < before or len(self._remotes) >= MAX_OPEN):
-                del self._remotes[key]
-
-    def _problem(self, remote: _Remote) -> str | None:
-        if remote.problem is not None and time.monotonic() - remote.problem_at < PROBLEM_SECONDS:
-            return remote.problem
-        return None
+        for key, followed in list(itertools.islice(self._followed.items(), 10)):
+            if followed.idle and (followed.used < before or len(self._followed) >= MAX_OPEN):
+                del self._followed[key]
 
     @contextmanager
-    def _waiting(self, remotes: Iterable[_Remote]) -> Iterator[None]:
+    def _waiting(self, subfeeds: Iterable[FollowedSubfeed]) -> Iterator[None]:
         """While the block runs somebody waits for these."""
-        chosen = list({id(remote): remote for remote in remotes}.values())
-        for remote in chosen:
-            remote.waiting += 1
-            if remote.renewal is None:
-                remote.renewal = self._spawn(self._keep_subscribed(remote))
+        chosen = list({id(followed): followed for followed in subfeeds}.values())
+        for followed in chosen:
+            followed.waiting += 1
+            if followed.renewal is None:
+                followed.renewal = self._spawn(self._keep_subscribed(followed))
         try:
             yield
         finally:
-            for remote in chosen:
-                remote.waiting -= 1
-                remote.used = time.monotonic()
+            for followed in chosen:
+                followed.waiting -= 1
+                followed.used = time.monotonic()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -238,193 +209,157 @@ class FeedRequests:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    async def _keep_subscribed(self, remote: _Remote) -> None:
+    async def _keep_subscribed(self, followed: FollowedSubfeed) -> None:
         """Subscribe now if it is due, and again and again while somebody waits."""
         try:
-            while remote.waiting:
-                due = remote.subscribed + self._renew - time.monotonic()
+            while followed.waiting:
+                due = followed.subscribed + self._renew - time.monotonic()
                 if due <= 0:
-                    due = self._renew if await self._subscribe(remote) else RETRY_SECONDS
+                    due = self._renew if await self._subscribe(followed) else RETRY_SECONDS
                 await asyncio.sleep(due)
         finally:
-            remote.renewal = None
+            followed.renewal = None
 
-    async def _subscribe(self, remote: _Remote) -> bool:
+    async def _subscribe(self, followed: FollowedSubfeed) -> bool:
         """Ask the channel's nodes for what comes after what is here; whether it could be sent."""
-        position = await self._watches.num_messages(remote.feed_id, remote.subfeed_hash)
-        body = {"type": "subscribeToSubfeed", "feedId": remote.feed_id, "subfeedHash": remote.subfeed_hash}
+        position = await self._watches.num_messages(*followed.subfeed.name)
         try:
-            await remote.side.bands.publish(remote.channel, {**body, "position": position})
+            await followed.subfeed.publish(followed.subfeed.body("subscribeToSubfeed", position=position))
         except KacheryLabError as error:
-            self._notes.note(
-                "feed_subscription_failed",
-                channel=remote.channel,
-                feed_id=remote.feed_id,
-                code=error.code,
-                reason=error.message,
-            )
+            self._notes.note("feed_subscription_failed", **followed.subfeed.failure(error))
             return False
-        remote.subscribed = time.monotonic()
-        self._check_vouched(remote, position)
-        if time.monotonic() - remote.fetched > REFRESH_SECONDS:
-            self._start_fetch(remote)
+        followed.subscribed = time.monotonic()
+        self._check_vouched(followed, position)
+        if time.monotonic() - followed.fetched > REFRESH_SECONDS:
+            self._start_fetch(followed)
         return True
 
     # -- the bucket ----------------------------------------------------------------------------------------------
 
-    def _refresh(self, remote: _Remote) -> bool:
+    def _refresh(self, followed: FollowedSubfeed) -> bool:
         """Look at the bucket when nobody did for a while; whether that is going on."""
-        if remote.fetch is None and time.monotonic() - remote.fetched > REFRESH_SECONDS:
-            self._start_fetch(remote)
-        return remote.fetch is not None
+        if followed.fetch is None and time.monotonic() - followed.fetched > REFRESH_SECONDS:
+            self._start_fetch(followed)
+        return followed.fetch is not None
 
-    def _start_fetch(self, remote: _Remote) -> None:
-        if remote.fetch is None:
-            remote.fetch = self._spawn(self._fetch(remote))
+    def _start_fetch(self, followed: FollowedSubfeed) -> None:
+        if followed.fetch is None:
+            followed.fetch = self._spawn(self._fetch(followed))
         else:
-            remote.again = True
+            followed.again = True
 
-    async def _fetch(self, remote: _Remote) -> None:
+    async def _fetch(self, followed: FollowedSubfeed) -> None:
         """Bring what the bucket has. One at a time for each subfeed; asked again meanwhile, it looks once more."""
         try:
             while True:
-                remote.again = False
-                await self._fetch_once(remote)
-                remote.tried.set()
-                if not remote.again:
+                followed.again = False
+                await self._fetch_once(followed)
+                followed.tried.set()
+                if not followed.again:
                     return
         finally:
-            remote.tried.set()
-            remote.fetch = None
+            followed.tried.set()
+            followed.fetch = None
 
-    async def _fetch_once(self, remote: _Remote) -> None:
-        remote.fetched = time.monotonic()
-        place = (remote.feed_id, remote.subfeed_hash)
+    async def _fetch_once(self, followed: FollowedSubfeed) -> None:
+        followed.fetched = time.monotonic()
+        subfeed = followed.subfeed
         try:
-            count, checkpoint = await remote.side.state(remote.channel, *place)
+            count, checkpoint = await subfeed.state()
             if checkpoint is not None:
-                await self._take(remote, (), checkpoint)
-            known = await self._received.place(*place, remote.origin)
+                await self._take(followed, (), checkpoint)
+            known = await self._received.place(*subfeed.name, followed.origin)
             have = known.head.num_messages
             if known.checkpoint is not None:
-                self._note_vouched(remote, known.checkpoint.count, have)
+                followed.note_vouched(known.checkpoint.count, have)
             while have < count:
-                page = await remote.side.messages(remote.channel, *place, have, count)
+                page = await subfeed.messages(have, count)
                 if not page:
-                    self._report(remote, f"the bucket says that it has {count} messages and gives {have}")
+                    self._report(followed, f"the bucket says that it has {count} messages and gives {have}")
                     break
-                before, have = have, await self._take(remote, page, None)
+                before, have = have, await self._take(followed, page, None)
                 if have <= before:
                     break
-            self._check_vouched(remote, have)
+            self._check_vouched(followed, have)
         except (ChainRefused, FeedFork, InvalidInput) as error:
-            self._report(remote, error.message)
+            self._report(followed, error.message)
         except KacheryLabError as error:
-            self._notes.note(
-                "feed_fetch_failed",
-                channel=remote.channel,
-                feed_id=remote.feed_id,
-                code=error.code,
-                reason=error.message,
-            )
+            self._notes.note("feed_fetch_failed", **subfeed.failure(error))
 
     # -- what comes in -------------------------------------------------------------------------------------------
 
-    async def _take(self, remote: _Remote, messages: Sequence[ReceivedMessage], checkpoint: Checkpoint | None) -> int:
-        have = await self._received.take(
-            remote.feed_id, remote.subfeed_hash, remote.origin, messages, checkpoint=checkpoint
-        )
+    async def _take(
+        self, followed: FollowedSubfeed, messages: Sequence[ReceivedMessage], checkpoint: Checkpoint | None
+    ) -> int:
+        have = await self._received.take(*followed.subfeed.name, followed.origin, messages, checkpoint=checkpoint)
         if checkpoint is not None:
-            self._note_vouched(remote, checkpoint.count, have)
+            followed.note_vouched(checkpoint.count, have)
         return have
 
-    @staticmethod
-    def _note_vouched(remote: _Remote, count: int, have: int) -> None:
-        if count > max(have, remote.vouched):
-            remote.vouched, remote.vouched_at = count, time.monotonic()
-
-    def _find(self, message: BandMessage, bands: ChannelBands) -> _Remote | None:
+    def _find(self, message: BandMessage, bands: ChannelBands) -> FollowedSubfeed | None:
         """The open subfeed that a message is about. None also for our own messages, and without the role."""
-        side = self._finder.of(bands)
-        body = message.body
-        remote = self._remotes.get((id(side), message.channel, body["feedId"], body["subfeedHash"]))
-        if remote is None or message.sender == self._own_node:
+        followed = self._followed.get(ChannelSubfeed.of(self._finder.of(bands), message))
+        if followed is None or message.sender == self._own_node:
             return None
-        return remote if side.may(message.channel, Role.REQUEST_FEEDS) else None
+        return followed if followed.subfeed.may(Role.REQUEST_FEEDS) else None
 
     async def _heard_messages(self, message: BandMessage, bands: ChannelBands) -> None:
-        remote = self._find(message, bands)
-        if remote is None:
+        followed = self._find(message, bands)
+        if followed is None:
             return
         messages = [parse_signed_message(one) for one in message.body["messages"]]
-        await self._heard(remote, message.sender, messages, None)
+        await self._heard(followed, message.sender, messages, None)
 
     async def _heard_checkpoint(self, message: BandMessage, bands: ChannelBands) -> None:
-        remote = self._find(message, bands)
-        if remote is None:
+        followed = self._find(message, bands)
+        if followed is None:
             return
         fields = {name: value for name, value in message.body.items() if name != "type"}
-        await self._heard(remote, message.sender, (), Checkpoint.parse(fields))
+        await self._heard(followed, message.sender, (), Checkpoint.parse(fields))
 
     async def _heard(
         self,
-        remote: _Remote,
+        followed: FollowedSubfeed,
         sender: NodeId,
         messages: Sequence[ReceivedMessage],
         checkpoint: Checkpoint | None,
     ) -> None:
         try:
-            have = await self._take(remote, messages, checkpoint)
+            have = await self._take(followed, messages, checkpoint)
         except ChainRefused as error:
             if error.reason != "gap":
-                self._report(remote, error.message, sender)
-            elif time.monotonic() - remote.subscribed > GAP_SECONDS:
+                self._report(followed, error.message, sender)
+            elif time.monotonic() - followed.subscribed > GAP_SECONDS:
                 # Lost on the way, or an upload is not done: whoever has them is asked.
-                remote.subscribed = time.monotonic()
-                await self._subscribe(remote)
+                followed.subscribed = time.monotonic()
+                await self._subscribe(followed)
         except (FeedFork, InvalidInput) as error:
-            self._report(remote, error.message, sender)
+            self._report(followed, error.message, sender)
         except KacheryLabError as error:
-            self._notes.note("feed_message_lost", channel=remote.channel, code=error.code, reason=error.message)
+            self._notes.note("feed_message_lost", **followed.subfeed.failure(error))
         else:
-            if messages and have >= remote.vouched and remote.problem is not None and remote.vouched:
-                self._settled(remote)
+            followed.settle(have)
 
     async def _heard_count(self, message: BandMessage, bands: ChannelBands) -> None:
-        remote = self._find(message, bands)
-        if remote is None:
+        followed = self._find(message, bands)
+        if followed is None:
             return
-        have = await self._watches.num_messages(remote.feed_id, remote.subfeed_hash)
+        have = await self._watches.num_messages(*followed.subfeed.name)
         if message.body["numMessages"] > have:
-            self._start_fetch(remote)
+            self._start_fetch(followed)
 
     # -- what is wrong -------------------------------------------------------------------------------------------
 
-    def _check_vouched(self, remote: _Remote, have: int) -> None:
+    def _check_vouched(self, followed: FollowedSubfeed, have: int) -> None:
         """Messages that the feed's key vouches for have to come."""
-        if remote.vouched <= have:
-            if remote.vouched:
-                self._settled(remote)
-        elif time.monotonic() - remote.vouched_at > self._unmet:
-            self._report(
-                remote,
-                f"the feed's key vouches for {remote.vouched} messages, the channel gives {have}: "
-                "the rest is held back, or late",
-            )
+        followed.settle(have)
+        problem = followed.held_back(have, self._unmet)
+        if problem is not None:
+            self._report(followed, problem, held_back=True)
 
-    def _settled(self, remote: _Remote) -> None:
-        remote.vouched = 0
-        if remote.problem is not None and remote.problem.endswith("late"):
-            remote.problem = None
-
-    def _report(self, remote: _Remote, text: str, sender: NodeId | None = None) -> None:
+    def _report(
+        self, followed: FollowedSubfeed, text: str, sender: NodeId | None = None, *, held_back: bool = False
+    ) -> None:
         """For the log, and for whoever watches. Nothing of it was stored."""
-        remote.problem, remote.problem_at = text, time.monotonic()
-        self._notes.note(
-            "feed_refused",
-            channel=remote.channel,
-            feed_id=remote.feed_id,
-            subfeed_hash=remote.subfeed_hash,
-            node=sender,
-            reason=text,
-        )
+        followed.report(text, held_back=held_back)
+        self._notes.note("feed_refused", **followed.subfeed.log_fields, node=sender, reason=text)

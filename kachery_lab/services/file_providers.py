@@ -7,6 +7,7 @@ on the wire: whatever goes wrong here is in the log, and the asker hears nothing
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -14,11 +15,12 @@ from typing import Literal, Protocol
 import structlog
 
 from kachery_lab.core.ids import FileKey, NodeId, Sha1
+from kachery_lab.core.rates import Allowance
 from kachery_lab.errors import Gone, InvalidInput, KacheryLabError, NotFound, Unavailable
 from kachery_lab.observability.logging import RateLimited
 from kachery_lab.services.bands import BandHandlers, BandMessage, ChannelBands
-from kachery_lab.services.blobs import BlobService, Content
-from kachery_lab.services.broker import Quota
+from kachery_lab.services.blobs import BlobService
+from kachery_lab.services.content import Content
 from kachery_lab.services.files import FileService
 from kachery_lab.services.origins import LOCAL, OriginService
 
@@ -84,7 +86,7 @@ class _Peer:
     """What one node has asked for lately."""
 
     jobs: int = 0
-    quota: Quota = field(default_factory=lambda: Quota(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE))
+    allowance: Allowance = field(default_factory=lambda: Allowance(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE))
     # Of the peers that wait for a look each has one in the line, so that nobody waits behind all of another's.
     turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS_PER_PEER))
@@ -191,7 +193,7 @@ class FileProviders:
     async def _serve(self, job: _Job, peer: _Peer) -> None:
         """Look, provide, answer; then answer those who asked again meanwhile, together."""
         async with peer.turn:
-            await asyncio.sleep(peer.quota.take(1))
+            await asyncio.sleep(peer.allowance.take(1, time.monotonic()))
             async with self._looks:
                 answer = await self._look(job)
         if answer == "absent":

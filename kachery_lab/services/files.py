@@ -9,7 +9,8 @@ from kachery_lab.blobs.files import OpenFile
 from kachery_lab.blobs.layout import StorageLayout
 from kachery_lab.core.ids import ChunkOf, FileKey, Sha1
 from kachery_lab.errors import ContentMismatch, Gone, NotFound
-from kachery_lab.services.blobs import BlobService, Claim, Content
+from kachery_lab.services.blobs import BlobService, Claim
+from kachery_lab.services.content import Content
 from kachery_lab.services.large_files import joined, read_manifest
 from kachery_lab.services.links import LinkService
 from kachery_lab.services.principals import Principal

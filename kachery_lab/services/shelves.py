@@ -5,7 +5,8 @@ Both are `services.file_providers.Shelf`.
 
 from __future__ import annotations
 
-from kachery_lab.client.hub import HubClient
+from typing import TYPE_CHECKING
+
 from kachery_lab.core.ids import FileKey, NodeId, Sha1
 from kachery_lab.core.objects import file_path
 from kachery_lab.core.roles import Role
@@ -18,6 +19,9 @@ from kachery_lab.services.principals import Principal
 from kachery_lab.services.stats import Stats
 from kachery_lab.services.subjects import RoleService, Subject
 from kachery_lab.services.uploads import UploadService
+
+if TYPE_CHECKING:
+    from kachery_lab.client.hub import HubClient
 
 
 class OwnShelf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kachery_lab.core.rates import Rates
+from kachery_lab.core.rates import Allowance, Rates
 
 
 def test_a_burst_then_a_rate() -> None:
@@ -33,3 +33,13 @@ def test_memory_is_bounded() -> None:
     # The one that is idle longest went; a busy one stays.
     assert rates.wait("999", 0.0) > 0.0
     assert rates.wait("0", 0.0) == 0.0
+
+
+def test_an_allowance_may_be_overdrawn_and_is_waited_for() -> None:
+    allowance = Allowance(per_second=10, burst=20)
+    assert [allowance.take(1, 100.0) for _ in range(20)] == [0] * 20
+    assert allowance.take(1, 100.0) == pytest.approx(0.1)
+    assert allowance.take(4, 100.0) == pytest.approx(0.5)
+    assert allowance.take(0, 100.5) == 0
+    assert allowance.take(20, 1100.5) == 0
+    assert allowance.take(1, 1100.5) > 0, "what was not used is kept up to the burst only"

@@ -13,7 +13,8 @@ from urllib.parse import quote
 import pytest
 from websockets.sync.client import connect
 
-from kachery_lab.services import broker
+from kachery_lab.core import rates
+from kachery_lab.services import member_connections
 from tests.faults.report import report
 from tests.hubs import Hub, LabNode
 from tests.members2021 import MESSAGE, Closed, Wire, joined, payload, request_file, token_details
@@ -96,14 +97,14 @@ def flood(hub: Hub) -> tuple[int, float, list[float]]:
 
 
 def allowed(seconds: float) -> float:
-    return broker.PUBLISH_BURST + broker.PUBLISH_RATE * seconds
+    return member_connections.PUBLISH_BURST + member_connections.PUBLISH_RATE * seconds
 
 
 @pytest.fixture
 def quota(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less than this process can send to itself, whatever else the machine does."""
-    monkeypatch.setattr(broker, "PUBLISH_RATE", 100.0)
-    monkeypatch.setattr(broker, "PUBLISH_BURST", 200.0)
+    monkeypatch.setattr(member_connections, "PUBLISH_RATE", 100.0)
+    monkeypatch.setattr(member_connections, "PUBLISH_BURST", 200.0)
 
 
 @pytest.mark.usefixtures("quota")
@@ -111,14 +112,14 @@ def test_a_flood_is_slowed_down(hub: Hub) -> None:
     heard, seconds, trips = flood(hub)
     median = statistics.median(trips)
     report("S13 ably flood", heard, allowed=int(allowed(seconds)), median_ms=round(median * 1000, 1))
-    assert broker.PUBLISH_BURST / 2 < heard <= 1.1 * allowed(seconds)
+    assert member_connections.PUBLISH_BURST / 2 < heard <= 1.1 * allowed(seconds)
     assert median < 0.25
 
 
 @pytest.mark.usefixtures("quota")
 def test_without_the_quota_it_is_not(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positive control."""
-    monkeypatch.setattr(broker.Quota, "take", lambda _self, _amount: 0.0)
+    monkeypatch.setattr(rates.Allowance, "take", lambda _self, _amount, _now: 0.0)
     heard, seconds, _ = flood(hub)
     report("S13 ably flood control", heard, allowed=int(allowed(seconds)))
     assert heard > 1.5 * allowed(seconds)
@@ -174,12 +175,12 @@ def test_a_member_that_does_not_read_is_cut_off(hub: Hub) -> None:
     heard, most, cut = unread(hub)
     report("S13 ably reader", 200, heard=heard, most_waiting_bytes=most, cut=cut)
     assert (heard, cut) == (200, True)
-    assert most <= broker.MAX_QUEUED_BYTES
+    assert most <= member_connections.MAX_QUEUED_BYTES
 
 
 def test_without_the_bound_it_is_not(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positive control: what it does not read is kept."""
-    monkeypatch.setattr(broker, "MAX_QUEUED_BYTES", 1 << 40)
+    monkeypatch.setattr(member_connections, "MAX_QUEUED_BYTES", 1 << 40)
     heard, most, cut = unread(hub)
     report("S13 ably reader control", 200, heard=heard, most_waiting_bytes=most, cut=cut)
     assert (heard, cut) == (200, False)

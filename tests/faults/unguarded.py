@@ -34,12 +34,14 @@ from kachery_lab.services import (
     broker,
     buckets,
     clock,
+    content,
     feed_providers,
-    feed_requests,
     file_providers,
     file_requests,
     files,
+    followed_subfeeds,
     logs,
+    member_connections,
     node_requests,
     received_feeds,
     shares,
@@ -85,13 +87,13 @@ def trust_links() -> None:
     async def trust(*_: Any) -> None:
         pass
 
-    async def content(self: Any, _sha1: Any, file: Any) -> Any:
-        return blobs.Content(self.store_on_volume, None, file)
+    async def linked_content(self: Any, _sha1: Any, file: Any) -> Any:
+        return content.Content(self.store_on_volume, None, file)
 
     before = links.open_linked
     link_service.open_linked = lambda policy, record: (before(policy, record)[0], True)
     link_service.LinkService._trust = trust
-    blobs.BlobService._linked_content = content
+    blobs.BlobService._linked_content = linked_content
 
 
 def every_errno_is_absence() -> None:
@@ -295,7 +297,7 @@ def upload_each_time() -> None:
 def no_quota() -> None:
     """S13: every request of every peer is looked at, in the order in which they come."""
     file_providers.JOBS = file_providers.JOBS_PER_PEER = 1 << 60
-    file_providers.Quota.take = lambda self, amount: 0.0
+    rates.Allowance.take = lambda self, amount, now: 0.0
     file_providers._Peer.turn = property(lambda _self: asyncio.Semaphore(1), lambda _self, _value: None)
 
 
@@ -326,7 +328,7 @@ def follow_anywhere() -> None:
 
 def name_the_canary() -> None:
     """S12: no guard but an attacker, a hub that names another machine's address for uploads and buckets."""
-    nodes.base_url = lambda _request: os.environ["CANARY"]
+    nodes.hub_url = lambda _request: os.environ["CANARY"]
 
 
 def any_message() -> None:
@@ -360,7 +362,7 @@ def no_checkpoints() -> None:
 
     received_feeds.ReceivedFeeds._compare = check
     received_feeds.ReceivedFeeds._check = check
-    feed_requests.FeedRequests._note_vouched = staticmethod(lambda *_: None)
+    followed_subfeeds.FollowedSubfeed.note_vouched = lambda *_: None
 
 
 def provide_each_time() -> None:
@@ -408,12 +410,12 @@ def rights_when_subscribed() -> None:
 
 def endless_queues() -> None:
     """S13: what a member does not read is kept for it."""
-    broker.MAX_QUEUED = broker.MAX_QUEUED_BYTES = broker.MAX_QUEUED_TOTAL = 1 << 40
+    member_connections.MAX_QUEUED = member_connections.MAX_QUEUED_BYTES = broker.MAX_QUEUED_TOTAL = 1 << 40
 
 
 def no_publish_quota() -> None:
     """S13: a member may publish as fast as it can."""
-    broker.Quota.take = lambda self, amount: 0.0
+    rates.Allowance.take = lambda self, amount, now: 0.0
 
 
 def plain_websockets() -> None:

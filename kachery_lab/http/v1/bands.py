@@ -16,7 +16,8 @@ from kachery_lab.core.strict_json import shorten
 from kachery_lab.errors import InvalidInput, KacheryLabError, TooLarge, Unavailable
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.errors import problem
-from kachery_lab.services.broker import ConnectionEnded, Delivery, End, HubBands, MemberConnection
+from kachery_lab.services.broker import HubBands
+from kachery_lab.services.member_connections import ConnectionEnded, Delivery, End, MemberConnection
 from kachery_lab.services.node_requests import HEADER
 
 PATH = "/api/v1/bands"

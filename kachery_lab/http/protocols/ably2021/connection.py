@@ -43,7 +43,7 @@ from kachery_lab.http.protocols.ably2021.translate import (
     payloads,
 )
 from kachery_lab.node import Node
-from kachery_lab.services.broker import ConnectionEnded, Delivery, EndCode, MemberConnection
+from kachery_lab.services.member_connections import ConnectionEnded, Delivery, EndCode, MemberConnection
 
 IDLE_SECONDS = 15.0
 """A client hears something at least so often; it takes a longer silence for a lost connection."""

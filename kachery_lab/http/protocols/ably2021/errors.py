@@ -60,7 +60,7 @@ _CODES: dict[type[KacheryLabError], tuple[int, int]] = {
 
 def token_error(error: KacheryLabError) -> ErrorInfo:
     """Why a token is refused: one that this server did not issue. The library asks for another."""
-    return ErrorInfo(40140, 401, _text(error))
+    return ErrorInfo(40140, 401, error.text)
 
 
 def denied(band: str, right: str) -> ErrorInfo:
@@ -70,14 +70,10 @@ def denied(band: str, right: str) -> ErrorInfo:
 
 def malformed(error: KacheryLabError) -> ErrorInfo:
     """A frame that is no protocol message."""
-    return ErrorInfo(40000, 400, _text(error))
+    return ErrorInfo(40000, 400, error.text)
 
 
 def of(error: KacheryLabError) -> ErrorInfo:
     """An error of a service on the wire."""
     code, status = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), (50000, 500))
-    return ErrorInfo(code, status, _text(error))
-
-
-def _text(error: KacheryLabError) -> str:
-    return f"{error.message}. {error.hint}" if error.hint else error.message
+    return ErrorInfo(code, status, error.text)

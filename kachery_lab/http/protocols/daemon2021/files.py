@@ -13,7 +13,6 @@ from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
 from kachery_lab.http.protocols.daemon2021.channels import fetching
-from kachery_lab.http.protocols.daemon2021.errors import to_text
 from kachery_lab.http.protocols.daemon2021.translate import body_of, frame, stored
 from kachery_lab.http.responses import ContentResponse
 from kachery_lab.node import Node
@@ -90,7 +89,7 @@ async def _frames(first: bytes, rest: AsyncGenerator[bytes] | None) -> AsyncIter
 
 
 def _error(error: KacheryLabError) -> bytes:
-    return frame({"type": "error", "error": to_text(error)})
+    return frame({"type": "error", "error": error.text})
 
 
 def _progress(progress: Progress) -> bytes:

@@ -12,9 +12,10 @@ from starlette.routing import BaseRoute, Route
 from kachery_lab import __version__
 from kachery_lab.errors import Forbidden, InvalidInput
 from kachery_lab.http.context import node_of
+from kachery_lab.http.describe import Handler
 from kachery_lab.http.protocols.daemon2021 import channels, feeds, files, mutables, tasks
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
-from kachery_lab.http.protocols.daemon2021.errors import Handler, answers
+from kachery_lab.http.protocols.daemon2021.errors import answers
 from kachery_lab.http.protocols.daemon2021.translate import Answer, body_of
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from functools import wraps
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -13,17 +11,10 @@ from kachery_lab.errors import Forbidden, KacheryLabError, NotFound, TooManyRequ
 from kachery_lab.http.errors import problem_headers, status_of
 from kachery_lab.services.client_requests import moment
 
-Handler = Callable[[Request], Awaitable[Response]]
-
 
 def status(error: KacheryLabError) -> int:
     """Ours, but never 404, which clients take for a missing file or a wrong address."""
     return 403 if isinstance(error, NotFound) else status_of(error)
-
-
-def to_text(error: KacheryLabError) -> str:
-    """What was wrong, and what to do."""
-    return f"{error.message}. {error.hint}" if error.hint else error.message
 
 
 def note(request: Request, **context: str | None) -> None:
@@ -33,7 +24,7 @@ def note(request: Request, **context: str | None) -> None:
 
 def gateway_error(request: Request, error: KacheryLabError) -> Response:
     """A refusal also names the client, the zone and the server's time: one of them is what has to be mended."""
-    text = f"Error: {to_text(error)}"
+    text = f"Error: {error.text}"
     if isinstance(error, Unauthenticated | Forbidden | NotFound | TooManyRequests):
         known = getattr(request.state, "context", {})
         client, zone = known.get("client") or "none", known.get("zone") or "none"
@@ -43,17 +34,4 @@ def gateway_error(request: Request, error: KacheryLabError) -> Response:
 
 def resource_error(_request: Request, error: KacheryLabError) -> Response:
     """As the resource proxy says it."""
-    return JSONResponse({"message": to_text(error)}, status(error), problem_headers(error))
-
-
-def answers(handler: Handler, form: Callable[[Request, KacheryLabError], Response]) -> Handler:
-    """A handler whose errors are answered in this form."""
-
-    @wraps(handler)
-    async def endpoint(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except KacheryLabError as error:
-            return form(request, error)
-
-    return endpoint
+    return JSONResponse({"message": error.text}, status(error), problem_headers(error))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
-import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -13,19 +14,27 @@ from kachery_lab.core.keys import PublicKey
 from kachery_lab.errors import InvalidInput, KacheryLabError, NotFound, TooLarge, UnsupportedMediaType
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.errors import problem_headers, status_of
-from kachery_lab.http.protocols.gateway2022.errors import to_text
 from kachery_lab.services.access_data import ClientRecord
 from kachery_lab.services.client_requests import moment
 from kachery_lab.services.clients import check_label
 
+if TYPE_CHECKING:
+    import jinja2
+
 MAX_FORM = 10_000
 _FIELDS = ("user", "code")
 
-_templates = jinja2.Environment(
-    loader=jinja2.PackageLoader("kachery_lab.http.protocols.gateway2022"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-)
+
+@cache
+def _templates() -> jinja2.Environment:
+    # Only here: most servers never show a page.
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("kachery_lab.http.protocols.gateway2022"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 def page(name: str, status: int = 200, headers: dict[str, str] | None = None, **values: object) -> Response:
@@ -40,12 +49,12 @@ def page(name: str, status: int = 200, headers: dict[str, str] | None = None, **
         "cache-control": "no-store",
         **(headers or {}),
     }
-    return HTMLResponse(_templates.get_template(name).render(nonce=nonce, **values), status, given)
+    return HTMLResponse(_templates().get_template(name).render(nonce=nonce, **values), status, given)
 
 
 def page_error(_request: Request, error: KacheryLabError) -> Response:
     """A refusal, for people."""
-    return page("refused.html", status_of(error), problem_headers(error), text=to_text(error))
+    return page("refused.html", status_of(error), problem_headers(error), text=error.text)
 
 
 async def link(request: Request) -> Response:

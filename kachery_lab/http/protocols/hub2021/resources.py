@@ -13,7 +13,7 @@ from kachery_lab.errors import InvalidInput
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.protocols.hub2021.nodes import NO_STORE
 from kachery_lab.http.protocols.hub2021.translate import body_of
-from kachery_lab.http.public_url import base_url
+from kachery_lab.http.public_url import hub_url
 from kachery_lab.services.certificates import Bearer
 
 _NONE: frozenset[str] = frozenset()
@@ -29,7 +29,7 @@ async def get_channel_bucket_base_url(request: Request) -> Response:
     """The same for every well-formed name, so it tells nothing; what lies there are public channels only."""
     fields = parse_fields(await body_of(request), "the request", frozenset({"channelName"}), _NONE)
     ChannelName.parse(fields["channelName"])
-    return JSONResponse({"url": f"{base_url(request)}/bucket"}, headers=NO_STORE)
+    return JSONResponse({"url": f"{hub_url(request)}/bucket"}, headers=NO_STORE)
 
 
 async def resource(request: Request) -> Response:
@@ -52,7 +52,7 @@ async def resource(request: Request) -> Response:
         )
     async with node.audit.refusals(str(bearer.subject), peer_of(request), "upload.issue", bearer.channel.name):
         tickets = node.certificates.upload_tickets(bearer, payload["filePaths"], payload["sizes"])
-    base = base_url(request)
+    base = hub_url(request)
     urls = [f"{base}/bucket/upload/{ticket}" for ticket in tickets]
     return JSONResponse({"type": kind, "uploadUrls": urls}, headers=NO_STORE)
 
@@ -78,5 +78,5 @@ def _info(request: Request, value: object) -> dict[str, object]:
     return {
         "resourceId": channel.resource_id,
         "resourceType": "bucket",
-        "bucketBaseUrl": f"{base_url(request)}/bucket",
+        "bucketBaseUrl": f"{hub_url(request)}/bucket",
     }

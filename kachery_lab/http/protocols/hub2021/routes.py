@@ -7,8 +7,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from kachery_lab.errors import NotFound
+from kachery_lab.http.describe import Handler
 from kachery_lab.http.protocols.hub2021 import nodes, resources
-from kachery_lab.http.protocols.hub2021.errors import Handler, answers
+from kachery_lab.http.protocols.hub2021.errors import answers
 
 
 async def kachery_hub(request: Request) -> Response:

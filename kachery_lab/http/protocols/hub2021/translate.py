@@ -9,7 +9,7 @@ from kachery_lab.core.roles import role_flags
 from kachery_lab.errors import NotFound
 from kachery_lab.http.bodies import read_json
 from kachery_lab.http.context import budget_of, node_of
-from kachery_lab.http.public_url import base_url
+from kachery_lab.http.public_url import hub_url
 from kachery_lab.node import Node
 from kachery_lab.services.access_data import Channel, Membership, NodeRecord
 from kachery_lab.services.subjects import Subject
@@ -45,7 +45,7 @@ def member_channel(node: Node, name: object, node_id: NodeId) -> Channel:
 
 def bucket_base_url(request: Request, channel: Channel, node_id: NodeId) -> str:
     """Where a node reads a channel's bucket. Of a private channel the address itself is the node's permission."""
-    base = f"{base_url(request)}/bucket"
+    base = f"{hub_url(request)}/bucket"
     if channel.public:
         return base
     return f"{base}/~{node_of(request).uploads.capability(channel.name, Subject('node', node_id))}"

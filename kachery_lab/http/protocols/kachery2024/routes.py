@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from starlette.routing import BaseRoute, Route
 
+from kachery_lab.http.describe import Handler
 from kachery_lab.http.protocols.kachery2024 import files, users, zones
-from kachery_lab.http.protocols.kachery2024.errors import Handler, answers
+from kachery_lab.http.protocols.kachery2024.errors import answers
 
 HANDLERS: dict[str, Handler] = {
     "/api/initiateFileUpload": files.initiate_file_upload,
