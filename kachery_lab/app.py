@@ -62,6 +62,7 @@ def create_app(node: Node) -> Starlette:
     )
     app.state.node = node
     app.state.budget = budget
+    app.state.public_url_missed = False
     return app
 
 

@@ -29,7 +29,10 @@ def documentation() -> str:
 
 
 def commands(group: click.Group, name: str) -> Iterator[str]:
-    for word, command in group.commands.items():
+    context = click.Context(group)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
+        assert command is not None, word
         if isinstance(command, click.Group):
             yield from commands(command, f"{name} {word}")
         else:

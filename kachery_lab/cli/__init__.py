@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import click
 
 from kachery_lab import __version__
-from kachery_lab.cli import (
-    audit,
-    channel,
-    client,
-    config,
-    function,
-    info,
-    node,
-    passcode,
-    quota,
-    reindex,
-    start,
-    token,
-    upload,
-    user,
-)
 from kachery_lab.errors import KacheryLabError, StartRefused
 
+_FILES = {
+    "audit": "audit",
+    "channel": "channel",
+    "client": "client",
+    "config": "config",
+    "function": "function",
+    "info": "info",
+    "node": "node",
+    "quota": "quota",
+    "reindex": "reindex",
+    "start": "start",
+    "token": "token",
+    "upload": "upload",
+    "usage": "upload",
+    "user": "user",
+}
+"""Command -> file of this directory that has it."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class Commands(click.Group):
+    """Imports a command's file when the command is asked for: most have no use for a server and its libraries."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, sorted."""
+        return sorted(_FILES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; None when there is none."""
+        if cmd_name not in _FILES:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{_FILES[cmd_name]}"), cmd_name)
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kachery-lab")
 def cli() -> None:
     """The lab server that every kachery client can use."""
-
-
-cli.add_command(start.start)
-cli.add_command(info.info)
-cli.add_command(config.config)
-cli.add_command(user.user)
-cli.add_command(token.token)
-cli.add_command(node.node)
-cli.add_command(client.client)
-cli.add_command(channel.channel)
-channel.channel.add_command(passcode.passcode)
-cli.add_command(function.function)
-cli.add_command(upload.upload)
-cli.add_command(upload.usage)
-cli.add_command(quota.quota)
-cli.add_command(audit.audit)
-cli.add_command(reindex.reindex)
 
 
 def main() -> None:

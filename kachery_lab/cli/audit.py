@@ -9,7 +9,7 @@ import click
 
 from kachery_lab.cli.operator import admin
 from kachery_lab.cli.options import admin_options
-from kachery_lab.cli.output import table
+from kachery_lab.cli.output import more, table
 
 
 @click.group()
@@ -29,6 +29,7 @@ def list_entries(**flags: Any) -> None:
     """List entries, the newest first."""
     names = ("limit", "before", "principal", "action", "object", "outcome")
     given = {name: value for name in names if (value := flags.pop(name)) is not None}
-    rows = admin(flags, "GET", "audit", query="?" + urlencode(given))["entries"]
+    found = admin(flags, "GET", "audit", query="?" + urlencode(given))
     columns = {"ACTION": "action", "OBJECT": "object", "OUTCOME": "outcome", "DETAIL": "detail"}
-    table(rows, ID="id", TIME="at", PRINCIPAL="principal", PEER="peer", **columns)
+    table(found["entries"], ID="id", TIME="at", PRINCIPAL="principal", PEER="peer", **columns)
+    more("--before", found["next"])

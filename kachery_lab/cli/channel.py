@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 
 import click
 
 from kachery_lab.cli.operator import admin, ask
-from kachery_lab.cli.options import Command, admin_options
-from kachery_lab.cli.output import fields, table
+from kachery_lab.cli.options import Command, admin_options, roles_option
+from kachery_lab.cli.output import fields, more, table
+from kachery_lab.cli.passcode import passcode
 from kachery_lab.core.ids import Sha1
 from kachery_lab.core.objects import file_path
 from kachery_lab.core.roles import NAMES
@@ -22,14 +24,14 @@ LIMITS = {
     "retention_days": "retentionDays",
 }
 _COUNTS = ("max_objects", "retention_days")
-roles_option = click.option(
-    "--role", "roles", multiple=True, required=True, type=click.Choice([*NAMES, "all"]), help="Repeatable"
-)
 
 
 @click.group()
 def channel() -> None:
     """Make channels, join them, grant roles in them."""
+
+
+channel.add_command(passcode)
 
 
 def _limit(_context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:
@@ -188,6 +190,30 @@ def _object(text: str) -> str:
     return text if "/" in text else file_path(Sha1.parse(text))
 
 
+def _page(command: Command) -> Command:
+    limit = click.IntRange(1, 1000)
+    command = click.option("--limit", type=limit, default=100, show_default=True, help="Files to show")(command)
+    return click.option("--after", metavar="PATH", help="Only what comes after this path")(command)
+
+
+def _listed(flags: dict[str, Any], name: str, what: str) -> list[dict[str, Any]]:
+    page = {key: value for key in ("limit", "after") if (value := flags.pop(key)) is not None}
+    found = admin(flags, "GET", "channels", name, what, query="?" + urlencode(page))
+    more("--after", found["next"])
+    rows: list[dict[str, Any]] = found[what]
+    return rows
+
+
+@channel.command()
+@click.argument("name")
+@_page
+@admin_options
+def objects(name: str, **flags: Any) -> None:
+    """List what lies in a channel, by path."""
+    columns = {"BY": "principal", "SIZE": "size", "LABEL": "label", "ON_DEMAND": "onDemand"}
+    table(_listed(flags, name, "objects"), STORED="storedAt", **columns, PATH="path")
+
+
 @channel.command()
 @click.argument("name")
 @click.argument("file", metavar="SHA1|PATH")
@@ -200,13 +226,12 @@ def delete(name: str, file: str, **flags: Any) -> None:
 
 @channel.command()
 @click.argument("name")
-@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="Files to show")
+@_page
 @admin_options
-def deletions(name: str, limit: int, **flags: Any) -> None:
+def deletions(name: str, **flags: Any) -> None:
     """List what was deleted in a channel and can be restored."""
-    rows = admin(flags, "GET", "channels", name, "deletions", query=f"?limit={limit}")["deletions"]
     columns = {"BY": "deletedBy", "SIZE": "size", "LABEL": "label", "UPLOADED_BY": "principal"}
-    table(rows, DELETED="deletedAt", **columns, PATH="path")
+    table(_listed(flags, name, "deletions"), DELETED="deletedAt", **columns, PATH="path")
 
 
 @channel.command()

@@ -9,12 +9,12 @@ import click
 
 from kachery_lab.cli.operator import admin
 from kachery_lab.cli.options import admin_options
-from kachery_lab.cli.output import table
+from kachery_lab.cli.output import fields, table
 
 
 @click.group()
 def client() -> None:
-    """Register, list, approve and remove client keys."""
+    """Register, list, approve, change and remove client keys."""
 
 
 @client.command()
@@ -45,6 +45,23 @@ def approve(client_id: str, user: str | None, **flags: Any) -> None:
     body: dict[str, Any] = {"approved": True} | ({} if user is None else {"user": user})
     found = admin(flags, "PATCH", "clients", client_id, body=body)
     click.echo(f"approved {client_id} for {found['user']}")
+
+
+@client.command()
+@click.argument("client_id")
+@admin_options
+def show(client_id: str, **flags: Any) -> None:
+    """Show a client key."""
+    fields(admin(flags, "GET", "clients", client_id))
+
+
+@client.command()
+@click.argument("client_id")
+@click.option("--label", required=True, help="Another name of the machine or job that holds the key")
+@admin_options
+def update(client_id: str, label: str, **flags: Any) -> None:
+    """Give a client key another label."""
+    fields(admin(flags, "PATCH", "clients", client_id, body={"label": label}))
 
 
 @client.command()

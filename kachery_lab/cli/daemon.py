@@ -9,7 +9,6 @@ import click
 from kachery_lab.cli import run
 from kachery_lab.cli.info import node_id
 from kachery_lab.cli.options import server_options
-from kachery_lab.cli.start import run_server
 from kachery_lab.settings import load_settings
 
 
@@ -18,6 +17,9 @@ from kachery_lab.settings import load_settings
 @click.option("--verbose", type=int, hidden=True, help="Accepted for old scripts; see --log-format")
 def _start(verbose: int | None, **flags: Any) -> None:
     """Start this node."""
+    # Only here: `kachery-daemon-info` has no use for a server.
+    from kachery_lab.cli.start import run_server
+
     if verbose is not None:
         click.echo("--verbose does nothing here; KACHERY_LAB_LOG_LEVEL does", err=True)
     run_server(load_settings(flags))

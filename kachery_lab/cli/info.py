@@ -24,6 +24,7 @@ def info(**flags: Any) -> None:
     click.echo(f"node id   {node_id(settings)}")
     click.echo(f"storage   {settings.storage_dir}")
     click.echo(f"metadata  {metadata.root}")
+    click.echo(f"address   {settings.public_url or 'whichever a caller uses: KACHERY_LAB_PUBLIC_URL is not set'}")
 
     async def running() -> bool:
         if not metadata.admin_socket.is_socket():

@@ -12,11 +12,8 @@ from urllib.parse import quote, urlsplit
 
 import click
 
-from kachery_lab.app import AdminSocket, create_app
 from kachery_lab.blobs.layout import MetadataLayout, StorageLayout
 from kachery_lab.client.operator import OperatorClient
-from kachery_lab.node import Node, with_node
-from kachery_lab.observability import logging
 from kachery_lab.settings import Settings, load_settings
 
 ROOT = "/api/admin/v1/"
@@ -55,6 +52,15 @@ async def _here(settings: Settings, method: str, path: str, body: object, rebuil
         async with OperatorClient.over_socket(socket) as client:
             if await client.answers():
                 return await client.request(method, path, body)
+
+    return await _in_process(settings, method, path, body, rebuild)
+
+
+async def _in_process(settings: Settings, method: str, path: str, body: object, rebuild: bool) -> dict[str, Any]:
+    # Only here: importing the whole server takes longer than a request to one that runs.
+    from kachery_lab.app import AdminSocket, create_app
+    from kachery_lab.node import Node, with_node
+    from kachery_lab.observability import logging
 
     # Standard output is the command's own.
     logging.configure(settings.log_format, "warning", descriptor=2)

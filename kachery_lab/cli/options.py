@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from kachery_lab.core.roles import NAMES
+
 Command = Callable[..., Any]
 
 _OPTIONS = [
@@ -27,6 +29,9 @@ _SERVER = [
     click.option("--auth-group", metavar="GROUP", help="Group whose members may use this node"),
     click.option("--log-format", type=click.Choice(["json", "console"]), help="Form of the log"),
 ]
+roles_option = click.option(
+    "--role", "roles", multiple=True, required=True, type=click.Choice([*NAMES, "all"]), help="Repeatable"
+)
 
 
 def _apply(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
@@ -38,6 +43,11 @@ def _apply(options: Sequence[Callable[[Command], Command]], command: Command) ->
 def storage_options(command: Command) -> Command:
     """Where the storage and the database are."""
     return _apply(_OPTIONS, command)
+
+
+def remote_options(command: Command) -> Command:
+    """Which server to talk to."""
+    return _apply(_REMOTE, command)
 
 
 def admin_options(command: Command) -> Command:

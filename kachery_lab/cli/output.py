@@ -35,6 +35,12 @@ def table(rows: Iterable[Mapping[str, Any]], **columns: str) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def more(option: str, following: object) -> None:
+    """Say, not in the output itself, how to see the rest of a list that has one."""
+    if following is not None:
+        click.echo(f"there is more: {option} {words(following)}", err=True)
+
+
 def fields(row: Mapping[str, Any]) -> None:
     """Print one thing, a field a line."""
     for key, value in row.items():

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from kachery_lab.cli.channel import roles_option
 from kachery_lab.cli.operator import admin
-from kachery_lab.cli.options import admin_options
+from kachery_lab.cli.options import admin_options, roles_option
 from kachery_lab.cli.output import table
 
 

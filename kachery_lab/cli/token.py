@@ -9,13 +9,13 @@ import click
 
 from kachery_lab.cli.operator import admin
 from kachery_lab.cli.options import admin_options
-from kachery_lab.cli.output import table
+from kachery_lab.cli.output import fields, table
 from kachery_lab.services.principals import SCOPES
 
 
 @click.group()
 def token() -> None:
-    """Make, list and revoke access tokens."""
+    """Make, list, show and revoke access tokens."""
 
 
 @token.command()
@@ -43,6 +43,14 @@ def list_tokens(**flags: Any) -> None:
     columns = {"CREATED": "createdAt", "EXPIRES": "expiresAt", "REVOKED": "revokedAt", "SCOPES": "scopes"}
     rows = admin(flags, "GET", "tokens")["tokens"]
     table(rows, ID="id", USER="user", **columns, CHANNELS="channels", LABEL="label")
+
+
+@token.command()
+@click.argument("token_id", metavar="ID")
+@admin_options
+def show(token_id: str, **flags: Any) -> None:
+    """Show a token, without its secret."""
+    fields(admin(flags, "GET", "tokens", token_id))
 
 
 @token.command()

@@ -8,12 +8,12 @@ import click
 
 from kachery_lab.cli.operator import admin
 from kachery_lab.cli.options import admin_options
-from kachery_lab.cli.output import table
+from kachery_lab.cli.output import fields, table
 
 
 @click.group()
 def user() -> None:
-    """Make, list and remove users."""
+    """Make, list, show and remove users."""
 
 
 @user.command()
@@ -30,6 +30,14 @@ def add(name: str, **flags: Any) -> None:
 def list_users(**flags: Any) -> None:
     """List users."""
     table(admin(flags, "GET", "users")["users"], NAME="name", CREATED="createdAt")
+
+
+@user.command()
+@click.argument("name")
+@admin_options
+def show(name: str, **flags: Any) -> None:
+    """Show a user."""
+    fields(admin(flags, "GET", "users", name))
 
 
 @user.command()

@@ -6,10 +6,13 @@ import ipaddress
 import re
 from functools import lru_cache
 
+import structlog
 from starlette.requests import HTTPConnection
 
-from kachery_lab.http.context import node_of
+from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.services.channel_files import Found
+
+log = structlog.get_logger(__name__)
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,255}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
@@ -41,6 +44,30 @@ def base_url(request: HTTPConnection) -> str:
     return f"{scheme}://{host}{prefix}"
 
 
+def hub_url(request: HTTPConnection) -> str:
+    """`base_url` for a node, whose own clients follow it as well: the name that the node used may mean nothing to them.
+    The first node of another machine that gets one while KACHERY_LAB_PUBLIC_URL is not set is told of in the log.
+    """
+    url, settings, known = base_url(request), node_of(request).settings, request.app.state
+    if settings.public_url is None and not known.public_url_missed:
+        peer = peer_of(request) or ""
+        if _is_elsewhere(peer, settings.trusted_proxies):
+            known.public_url_missed = True
+            log.warning(
+                "nodes of other machines are given addresses that their clients may not reach",
+                peer=peer,
+                given=url,
+                hint="Set KACHERY_LAB_PUBLIC_URL to the address of this server that they and their clients all resolve",
+            )
+    return url
+
+
+def _is_elsewhere(peer: str, proxies: tuple[str, ...]) -> bool:
+    """Whether a peer is another machine, or a proxy that speaks for others."""
+    found = _address(peer)
+    return found is not None and (not found.is_loopback or is_trusted(peer, proxies))
+
+
 def file_url(request: HTTPConnection, found: Found) -> str:
     """The address at which the one who looked for a file reads it."""
     url = f"{base_url(request)}/sha1/{found.sha1}"
@@ -60,10 +87,15 @@ def _last(request: HTTPConnection, name: str) -> str:
 @lru_cache(maxsize=256)
 def is_trusted(address: str, proxies: tuple[str, ...]) -> bool:
     """Whether an address is one of these, which may be networks (`10.0.0.0/8`)."""
+    found = _address(address)
+    return found is not None and any(found in ipaddress.ip_network(proxy, strict=False) for proxy in proxies)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for what is no address, as the admin socket's peer."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return False
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
-        found = found.ipv4_mapped
-    return any(found in ipaddress.ip_network(proxy, strict=False) for proxy in proxies)
+        return None
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return mapped or found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def walk(run: Run) -> None:
     ok(run, "user", "add", "ann")
     assert "ann" in ok(run, "user", "list")
     assert "there is a user 'ann' already" in refused(run, "user", "add", "ann")
+    assert ok(run, "user", "show", "ann").splitlines()[0].split() == ["name", "ann"]
     ok(run, "channel", "create", "recordings", "--owner", "ann", "--max-bytes", "2TB", "--retention-days", "30")
     assert "2000000000000" in ok(run, "channel", "list")
     shown = ok(run, "channel", "update", "recordings", "--max-bytes", "none", "--max-object-bytes", "1GiB")
@@ -63,6 +65,10 @@ def walk(run: Run) -> None:
     ok(run, "node", "add", NODE, "--label", "rig-1", "--owner", "ann")
     assert NODE in ok(run, "node", "list")
     ok(run, "node", "approve", NODE)
+    changed = ok(run, "node", "update", NODE, "--label", "rig-2", "--owner", "ben").splitlines()
+    assert [line.split() for line in changed[1:3]] == [["owner", "ben"], ["label", "rig-2"]]
+    ok(run, "node", "update", NODE, "--owner", "ann")
+    assert ok(run, "node", "show", NODE).splitlines()[1].split() == ["owner", "ann"]
     text = ok(run, "channel", "passcode", "add", "recordings", "--role", "requestTasks", "--label", "visitors").strip()
     listed = ok(run, "channel", "passcode", "list", "recordings")
     assert "visitors" in listed
@@ -71,6 +77,8 @@ def walk(run: Run) -> None:
     assert "effective         requestTasks" in joined
     ok(run, "channel", "grant", "recordings", f"node:{NODE}", "--role", "requestFiles", "--role", "provideFiles")
     assert "requestFiles requestTasks provideFiles" in ok(run, "channel", "members", "recordings")
+    joined = ok(run, "node", "channels", NODE).splitlines()
+    assert (len(joined), joined[1].split()[0], joined[1].split()[-1]) == (2, "recordings", "local")
     ok(run, "channel", "passcode", "remove", "recordings", listed.splitlines()[1].split()[0])
     ok(run, "channel", "revoke", "recordings", f"node:{NODE}")
     ok(run, "channel", "leave", "recordings", "--node", NODE)
@@ -79,6 +87,7 @@ def walk(run: Run) -> None:
     ok(run, "channel", "remove", "recordings")
     ok(run, "node", "remove", NODE)
     ok(run, "user", "remove", "ann")
+    assert "there is no user" in refused(run, "user", "show", "ann")
     assert "there is no channel 'recordings'" in refused(run, "channel", "show", "recordings")
     newest = ok(run, "audit", "list", "--limit", "3", "--outcome", "done")
     assert [line.split()[-4:-2] for line in newest.splitlines()[1:]] == [
@@ -118,6 +127,16 @@ def test_a_channel_owner(node: RunningNode, tmp_path: Path) -> None:
     identity = ok(here(node), "token", "list").splitlines()
     row = next(line for line in identity if "  ann  " in line)
     assert "recordings" in row
+    shown = dict(
+        line.split() for line in ok(here(node), "token", "show", row.split()[0]).splitlines() if "At" not in line
+    )
+    assert shown == {
+        "id": row.split()[0],
+        "user": "ann",
+        "label": "-",
+        "scopes": "channel-owner",
+        "channels": "recordings",
+    }
     ok(here(node), "token", "revoke", row.split()[0])
     assert "unknown, expired or revoked" in refused(run, "channel", "list")
 
@@ -128,6 +147,56 @@ def test_joining_with_the_servers_own_node(node: RunningNode, tmp_path: Path) ->
     own = node.request("GET", "/api/v1/info").json()["nodeId"]
     assert own in ok(run, "channel", "join", "recordings")
     ok(run, "channel", "leave", "recordings")
+
+
+def test_the_settings_of_a_running_server(make_node: Callable[..., RunningNode], tmp_path: Path) -> None:
+    """What it works with, not what the machine of the command would."""
+    node = make_node(env={"KACHERY_LAB_RESTORE_DAYS": "7", "KACHERY_LAB_ADMIN_TOKEN": "a-token-of-20-letters"}).start()
+    run = remote(node, tmp_path, "a-token-of-20-letters")
+    assert "KACHERY_LAB_RESTORE_DAYS=30  # default" in ok(run, "config").splitlines()
+    running = ok(run, "config", "--running", "--explain").splitlines()
+    assert "KACHERY_LAB_RESTORE_DAYS=7  # KACHERY_LAB_RESTORE_DAYS" in running
+    assert "KACHERY_LAB_ADMIN_TOKEN=********  # KACHERY_LAB_ADMIN_TOKEN" in running
+    variables = [line.partition("=")[0] for line in running if not line.startswith(" ")]
+    assert variables == [line.partition("=")[0] for line in ok(run, "config").splitlines()]
+
+
+def upload(node: RunningNode, token: str, content: bytes) -> str:
+    """Put a file into `recordings` as kachery 2 does; its SHA-1."""
+    sha1 = hashlib.sha1(content).hexdigest()
+    file = {"size": len(content), "hashAlg": "sha1", "hash": sha1, "zoneName": "recordings"}
+    ask = {"type": "initiateFileUploadRequest", **file, "workToken": "x"}
+    url = node.post("/api/initiateFileUpload", ask, auth=token).json()["signedUploadUrl"]
+    assert node.request("PUT", url[url.index("/bucket/") :], content, auth=False).status == 200
+    key = f"recordings/sha1/{sha1[:2]}/{sha1[2:4]}/{sha1[4:6]}/{sha1}"
+    done = {"type": "finalizeFileUploadRequest", "objectKey": key, **file}
+    assert node.post("/api/finalizeFileUpload", done, auth=token).status == 200
+    return sha1
+
+
+def test_lists_say_how_to_go_on(node: RunningNode, tmp_path: Path) -> None:
+    run = remote(node, tmp_path, node.admin_token)
+    ok(run, "channel", "create", "recordings", "--owner", "ann")
+    writer = ok(run, "token", "create", "ann", "--scope", "read", "--scope", "write").strip()
+    files = [upload(node, writer, content) for content in (b"one", b"two", b"three")]
+    for words, option, order in (
+        (("channel", "objects", "recordings"), "--after", sorted(files)),
+        (("upload", "list", "--since", "2020-01-01"), "--before", files[::-1]),
+    ):
+        first = run(*words, "--limit", "2")
+        told, place = first.stderr.rsplit(maxsplit=1)
+        assert told == f"there is more: {option}"
+        rest = run(*words, option, place)
+        rows = [line.split()[-1] for done in (first, rest) for line in done.stdout.splitlines()[1:]]
+        assert [row.rpartition("/")[2] for row in rows] == order
+        assert rest.stderr == ""
+    assert len(ok(run, "upload", "list", "--until", "2020-01-01").splitlines()) == 1
+    assert "expected a day like 2026-01-31" in refused(run, "upload", "list", "--since", "yesterday")
+    for file in files[:2]:
+        ok(run, "channel", "delete", "recordings", file)
+    assert "there is more: --after" in run("channel", "deletions", "recordings", "--limit", "1").stderr
+    assert "there is more: --before" in run("audit", "list", "--limit", "1").stderr
+    assert run("usage", "--channel", "recordings", "--after", "2020-01-01/recordings/").stdout.count("recordings") == 1
 
 
 def test_reindex_without_a_database(make_node: Callable[..., RunningNode]) -> None:

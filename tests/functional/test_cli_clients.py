@@ -29,6 +29,8 @@ def test_clients(node: RunningNode) -> None:
     assert lines[2].split()[:4] == ["laptop", "-", "ben", "127.0.0.1"]
     assert cli(node, "approve", second.id, "--user", "carol") == f"approved {second.id} for carol"
     assert "belongs to carol" in cli(node, "approve", second.id, "--user", "ben", code=1)
+    assert cli(node, "update", second.id, "--label", "ann's laptop").splitlines()[2].split(None, 1)[1] == "ann's laptop"
+    assert cli(node, "show", second.id).splitlines()[1].split() == ["user", "carol"]
     assert cli(node, "remove", second.id) == f"removed {second.id}"
     assert "there is no client" in cli(node, "remove", second.id, code=1)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kachery_lab.errors import StartRefused
-from kachery_lab.http.public_url import is_trusted
+from kachery_lab.http.public_url import _is_elsewhere, is_trusted
 from kachery_lab.settings import load_settings
 from tests.hubs import Hub
+from tests.logs import logged_to
 from tests.servers import Answer
 
 BODY = json.dumps({"channelName": "lab"})
@@ -32,6 +34,11 @@ def ask(hub: Hub, *lines: str, target: str = "/api/getChannelBucketBaseUrl", hos
             data += piece
     first, _, body = data.partition(b"\r\n\r\n")
     return Answer(int(first.split()[1]), {}, body)
+
+
+def warnings(log: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line for line in lines if line["level"] == "warning"]
 
 
 FORWARDED = ("X-Forwarded-Proto: https", "X-Forwarded-Host: data.lab.org", "X-Forwarded-Prefix: /kachery")
@@ -68,6 +75,41 @@ def test_requests_as_a_client_sends_them_to_a_proxy(tmp_path: Path) -> None:
         assert ask(hub, target=f"http://hub.lab{path}", host="other.lab").status == 400
         assert ask(hub, target=f"http://other.lab{path}", host="other.lab").status == 421
         assert ask(hub, target=f"http://hub.lab.evil.com{path}", host="hub.lab.evil.com").status == 421
+
+
+def test_an_address_that_other_machines_may_not_reach_is_told_once(tmp_path: Path) -> None:
+    """By a proxy, as everything here comes from this machine."""
+    with logged_to(tmp_path / "log"), Hub(tmp_path / "hub", trusted_proxies=("127.0.0.1",)) as hub:
+        for _ in range(3):
+            assert ask(hub).json() == {"url": "http://localhost/bucket"}
+    told = [line for line in warnings(tmp_path / "log") if "KACHERY_LAB_PUBLIC_URL" in line["hint"]]
+    assert [(line["peer"], line["given"]) for line in told] == [("127.0.0.1", "http://localhost")]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"public_url": "http://localhost:20431", "trusted_proxies": ("127.0.0.1",)}], ids=["here", "set"]
+)
+def test_an_address_that_is_reached_is_not_told(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with logged_to(tmp_path / "log"), Hub(tmp_path / "hub", **settings) as hub:
+        assert ask(hub).status == 200
+    assert warnings(tmp_path / "log") == []
+
+
+@pytest.mark.parametrize(
+    ("peer", "elsewhere"),
+    [
+        ("127.0.0.1", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("/run/admin.sock", False),
+        ("", False),
+        ("127.0.0.2", True),
+        ("192.0.2.7", True),
+        ("fe80::1%eth0", True),
+    ],
+)
+def test_peers_elsewhere(peer: str, elsewhere: bool) -> None:
+    assert _is_elsewhere(peer, ("127.0.0.2",)) is elsewhere
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from kachery_lab.errors import InvalidInput, NotFound
 from kachery_lab.http.bodies import require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.describe import Operation, body_of, record, text, whole
-from kachery_lab.http.public_url import base_url
+from kachery_lab.http.public_url import hub_url
 from kachery_lab.http.v1.nodes import signed
 
 MAX_MESSAGES = 10_000
@@ -45,7 +45,7 @@ async def upload(request: Request) -> Response:
         raise NotFound(f"there is no channel {channel!r} of this node")
     path = ObjectPath.parse(f"{subfeed_folder(feed_id, subfeed_hash)}/{start}-{end}")
     segment = node.uploads.issue(channel, path, size, subject)
-    return JSONResponse({"url": f"{base_url(request)}/bucket/upload/{segment}"})
+    return JSONResponse({"url": f"{hub_url(request)}/bucket/upload/{segment}"})
 
 
 OPERATIONS = (

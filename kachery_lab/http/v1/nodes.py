@@ -15,7 +15,7 @@ from kachery_lab.errors import InvalidInput, NotFound, TooLarge
 from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.describe import Operation, array, body_of, choice, flag, nullable, record, text, whole
-from kachery_lab.http.public_url import base_url
+from kachery_lab.http.public_url import hub_url
 from kachery_lab.services.node_requests import HEADER
 from kachery_lab.services.subjects import Subject
 
@@ -53,7 +53,7 @@ async def memberships(request: Request) -> Response:
     subject, _ = await signed(request)
     node = node_of(request)
     node.node_requests.require_approved(subject)
-    base = base_url(request)
+    base = hub_url(request)
     found = []
     for (channel, node_id), membership in sorted(node.data.memberships.items()):
         if node_id == subject.name:
@@ -94,7 +94,7 @@ async def upload(request: Request) -> Response:
     found = await node.buckets.find(channel, path.text)
     if found is not None and (on_demand or not found.on_demand):
         return JSONResponse({"alreadyUploaded": True, "url": None})
-    return JSONResponse({"alreadyUploaded": False, "url": f"{base_url(request)}/bucket/upload/{segment}"})
+    return JSONResponse({"alreadyUploaded": False, "url": f"{hub_url(request)}/bucket/upload/{segment}"})
 
 
 _SHA1 = text("4686d99b87d3a76d666fb39441ca8770ab9e9eb2", pattern="^[0-9a-f]{40}$")

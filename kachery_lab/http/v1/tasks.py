@@ -17,7 +17,7 @@ from kachery_lab.errors import InvalidInput, NotFound
 from kachery_lab.http.bodies import Field, require_fields, required
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.describe import Operation, array, body_of, choice, flag, nullable, record, text, whole
-from kachery_lab.http.public_url import base_url
+from kachery_lab.http.public_url import hub_url
 from kachery_lab.http.v1.nodes import signed
 from kachery_lab.services.hub_tasks import shown
 from kachery_lab.services.subjects import Subject
@@ -134,7 +134,7 @@ async def upload(request: Request) -> Response:
     size = parse_whole_number(body["size"], "size")
     async with node.audit.refusals(str(subject), peer_of(request), "upload.issue", channel):
         segment = node.uploads.issue(channel, path, size, subject, lease=lease_id)
-    return JSONResponse({"url": f"{base_url(request)}/bucket/upload/{segment}"})
+    return JSONResponse({"url": f"{hub_url(request)}/bucket/upload/{segment}"})
 
 
 async def leases(request: Request) -> Response:
