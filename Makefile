@@ -5,6 +5,9 @@ PYTHON ?= python3
 TEST_SECONDS ?= 900
 APT = sudo apt-get install -y python3 python3-venv make
 
+# Four workers and hundreds of servers would compile the program again and again.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN = .venv/bin
 DEPENDENCIES = .venv/.dependencies
 INSTALLED = .venv/.installed

@@ -82,7 +82,7 @@ class Line:
         self.came += frame
         return True
 
-    def next(self, kind: str, seconds: float = 5.0) -> dict[str, Any]:
+    def next(self, kind: str, seconds: float = 60.0) -> dict[str, Any]:
         """The next object of a type, taken out."""
         until = time.monotonic() + seconds
         while True:
@@ -101,7 +101,7 @@ class Line:
                 if item["type"] in ("done", "error") and item["id"] == self._number:
                     self.came.remove(item)
                     return str(item.get("code", "done"))
-            assert self.read()
+            assert self.read(60.0)
 
     def subscribe(self, *bands: str, channel: str = CHANNEL) -> None:
         for band in bands:

@@ -9,15 +9,21 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from kachery_lab.core.keys import PrivateKey
 from kachery_lab.core.signables import request_bytes
+from tests.faults.report import wait_for
+from tests.nodes import admin, making_nodes, requests_of
 from tests.servers import Answer, RunningNode
 
 CHANNEL = "rig-data"
-CONNECTED = "the hub's bands are connected"
+SECONDS = 60.0
+"""How long a busy machine may take for what takes a moment."""
 
 
 def sha1_of(data: bytes) -> str:
@@ -81,11 +87,7 @@ class Federation:
 
     def admin(self, method: str, path: str, body: Any = None) -> Any:
         """An admin request to the hub that must succeed."""
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        data = None if body is None else json.dumps(body)
-        answer = self.hub.request(method, f"/api/admin/v1{path}", data, headers, auth=self.hub.admin_token)
-        assert answer.status < 300, (method, path, answer.status, answer.body)
-        return answer.json() if answer.body else None
+        return admin(self.hub, method, path, body)
 
     def make_channel(self, name: str, *, public: bool = False) -> None:
         self.admin("POST", "/channels", {"name": name, "owner": "admin", "public": public})
@@ -95,6 +97,15 @@ class Federation:
         name = node if isinstance(node, str) else node_id(node)
         self.admin("PUT", f"/channels/{channel}/memberships/{name}", membership)
         self.grant(node, *(roles or ("all",)), channel=channel)
+
+    def open_channel(self, **membership: Any) -> str:
+        """A new private channel, in which every server has every role and hears its bands; its name."""
+        name = f"c{secrets.token_hex(8)}"
+        self.make_channel(name)
+        for node in (self.hub, *self.members.values()):
+            self.join(node, name, **membership)
+        self.settle()
+        return name
 
     def grant(self, node: RunningNode | str, *roles: str, channel: str = CHANNEL) -> None:
         """What the channel grants a node, in place of what it did; nothing without roles."""
@@ -107,10 +118,8 @@ class Federation:
 
     def approve(self, name: str) -> None:
         """Wait until a node has told the hub who it is, and let it in."""
-        until = time.monotonic() + 10
-        while not any(node["nodeId"] == name for node in self.admin("GET", "/nodes")["nodes"]):
-            assert time.monotonic() < until, name
-            time.sleep(0.05)
+        told = f"the node {name} told the hub who it is"
+        wait_for(lambda: any(node["nodeId"] == name for node in self.admin("GET", "/nodes")["nodes"]), told, SECONDS)
         self.admin("PATCH", f"/nodes/{name}", {"approved": True})
 
     def as_node(self, node: RunningNode) -> SignedRequests:
@@ -132,6 +141,9 @@ class Federation:
     def load(self, node: RunningNode, sha1: str, *, channel: str = CHANNEL, **key: Any) -> Answer:
         return node.post("/loadFile", {"fileKey": {"sha1": sha1, **key}, "channelName": channel}, timeout=120)
 
+    def upload(self, node: RunningNode, sha1: str, *, channel: str = CHANNEL) -> Answer:
+        return node.post("/uploadFile", {"sha1": sha1, "channel": channel}, timeout=120)
+
     def last(self, node: RunningNode, sha1: str, **more: Any) -> dict[str, Any]:
         """The last message of a load."""
         answer = self.load(node, sha1, **more)
@@ -140,17 +152,61 @@ class Federation:
 
     def puts(self) -> int:
         """How many uploads the hub has been sent."""
-        lines = [line for line in self.hub.log.splitlines() if "/bucket/upload/" in line]
-        return sum(json.loads(line).get("method") == "PUT" for line in lines if line.startswith("{"))
+        # Lines are written a moment after the answer, in order: what stands before a later one is complete.
+        wait_for(self._log_is_complete, "a line in the log", SECONDS)
+        entries = requests_of(self.hub)
+        return sum(entry["method"] == "PUT" and entry["path"].startswith("/bucket/upload/") for entry in entries)
+
+    def _log_is_complete(self) -> bool:
+        path = f"/{secrets.token_hex(8)}"
+        self.hub.request("GET", path)
+        return any(entry["path"] == path for entry in requests_of(self.hub))
 
     def settle(self, *nodes: RunningNode) -> None:
-        """Until the bands of these members are connected (all, without a name), and have heard of their roles."""
-        until = time.monotonic() + 20
-        for node in nodes or tuple(self.members.values()):
-            while CONNECTED not in node.log:
-                assert time.monotonic() < until, node.log[-3000:]
-                time.sleep(0.05)
-        time.sleep(1)
+        """Until the hub's own node and these members (all, without a name) know of every change so far, and hear each
+        of their bands.
+
+        A new channel is made for it, whose name sorts behind the others: a node subscribes in the order of names, so
+        who hears of a task there has done with the others."""
+        channel = f"zz-{secrets.token_hex(8)}"
+        self.make_channel(channel)
+        found = nodes or tuple(self.members.values())
+        for node in (self.hub, *found):
+            self.join(node, channel)
+        for node in found:
+            wait_for(partial(_knows, node, channel), f"{node.storage} knows its memberships", SECONDS)
+        pairs = [pair for node in found for pair in ((node, self.hub), (self.hub, node))]
+        for asking, providing in pairs or [(self.hub, self.hub)]:
+            wait_for(partial(_hears, asking, providing, channel), f"{providing.storage} hears its bands", SECONDS)
+
+
+def _knows(node: RunningNode, channel: str) -> bool:
+    """Whether a server has heard that it is a member."""
+    return node.post("/createSignedFileUploadUrl", {"channelName": channel, "sha1": "0" * 40}).status != 404
+
+
+def _hears(asking: RunningNode, providing: RunningNode, channel: str) -> bool:
+    """Whether a task that one server asks for comes to a backend at another one, which has done it at once."""
+    function = {"channelName": channel, "taskFunctionId": "settled.1", "taskFunctionType": "action"}
+    asked = asking.post("/task/requestTask", {**function, "taskKwargs": {}, "timeoutMsec": 0})
+    if asked.status != 200:
+        return False
+    offer = {"taskFunctions": [function], "backendId": None, "timeoutMsec": 1000}
+    tasks = providing.post("/task/registerTaskFunctions", offer).json().get("requestedTasks", [])
+    for task in tasks:
+        status = {"channelName": channel, "taskId": task["taskId"], "status": "finished"}
+        assert providing.post("/task/updateTaskStatus", status).status == 200
+    return bool(tasks)
+
+
+@contextmanager
+def federation(root: Path, *names: str, **env: str) -> Iterator[Federation]:
+    """As `federate`, in a directory, for many tests. At the end no log may show a traceback."""
+    with making_nodes(root) as make_node:
+        found = federate(make_node, *names, **env)
+        yield found
+        for node in (found.hub, *found.members.values()):
+            assert "Traceback" not in node.log, node.log[-4000:]
 
 
 def federate(make_node: Callable[..., RunningNode], *names: str, **env: str) -> Federation:

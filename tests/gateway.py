@@ -1,4 +1,7 @@
-"""What kachery-cloud sends to a gateway, made by hand: signed in the Python client's dialect, or the browser's."""
+"""What kachery-cloud sends to a gateway, made by hand: signed in the Python client's dialect, or the browser's.
+
+And its whole requests to a hub in the test's process, with what they are answered.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,14 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
+from kachery_lab.core.ids import UserName
 from kachery_lab.core.keys import PrivateKey
+from kachery_lab.core.roles import Role
+from kachery_lab.services.principals import OPERATOR
+from tests.hubs import Hub
 from tests.servers import Answer
+
+ZONE = "lab"
 
 
 def python_text(value: object) -> str:
@@ -60,3 +69,48 @@ def refused(answer: Answer, status: int) -> str:
     text = answer.body.decode()
     assert text.startswith("Error: ")
     return text
+
+
+def make_client(hub: Hub, user: str, roles: Role = Role.NONE, zone: str = ZONE) -> CloudClient:
+    """A client key of a user, who gets these roles in a zone."""
+    client = CloudClient()
+    hub.call(hub.node.clients.add(OPERATOR, client.id, UserName(user), "rig"))
+    if roles:
+        hub.call(hub.node.authorizations.grant(OPERATOR, zone, "user", user, roles))
+    return client
+
+
+def make_writer(hub: Hub) -> CloudClient:
+    """May upload and read in the zone."""
+    return make_client(hub, "writer", Role.REQUEST_FILES | Role.PROVIDE_FILES)
+
+
+def ask(hub: Hub, envelope: Any) -> Answer:
+    return hub.post("/api/gateway", envelope)
+
+
+def ok(answer: Answer) -> dict[str, Any]:
+    assert answer.status == 200, answer.body
+    found = answer.json()
+    assert isinstance(found, dict)
+    return found
+
+
+def announce(hub: Hub, client: CloudClient, data: bytes, zone: str | None = ZONE) -> dict[str, Any]:
+    """The first request of an upload."""
+    return ok(ask(hub, client.file("initiateFileUpload", data, zone, size=len(data))))
+
+
+def finalization(client: CloudClient, data: bytes, key: str, zone: str | None = ZONE, **more: Any) -> dict[str, Any]:
+    """The last one, to be sent."""
+    return client.file("finalizeFileUpload", data, zone, **{"size": len(data), "objectKey": key, **more})
+
+
+def store(hub: Hub, client: CloudClient, data: bytes, zone: str | None = ZONE) -> dict[str, Any]:
+    """The three requests of an upload; what was announced."""
+    announced = announce(hub, client, data, zone)
+    assert announced["alreadyExists"] is False
+    assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
+    done = ok(ask(hub, finalization(client, data, announced["objectKey"], zone)))
+    assert done == {"type": "finalizeFileUpload"}
+    return announced

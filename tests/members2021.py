@@ -99,7 +99,7 @@ class Wire:
         message = {"action": action, **fields}
         self.socket.send(msgpack.packb(message) if self.wire == "msgpack" else json.dumps(message))
 
-    def receive(self, seconds: float = 10.0) -> dict[str, Any]:
+    def receive(self, seconds: float = 60.0) -> dict[str, Any]:
         """The next protocol message, heartbeats left out. Raises Closed, TimeoutError."""
         until = time.monotonic() + seconds
         while True:
@@ -112,7 +112,7 @@ class Wire:
             if found["action"] != HEARTBEAT:
                 return found
 
-    def expect(self, action: int, seconds: float = 10.0) -> dict[str, Any]:
+    def expect(self, action: int, seconds: float = 60.0) -> dict[str, Any]:
         """The next protocol message, which is of this kind."""
         found = self.receive(seconds)
         assert found["action"] == action, found
@@ -126,7 +126,7 @@ class Wire:
             return True
         return False
 
-    def ended(self, seconds: float = 10.0) -> list[dict[str, Any]]:
+    def ended(self, seconds: float = 60.0) -> list[dict[str, Any]]:
         """What still comes until the server closes, which it does."""
         found = []
         try:

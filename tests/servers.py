@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 30.0
+from tests.commands import CommandProcess, run_command
+
+START_SECONDS = 120.0
 
 
 @dataclass
@@ -33,14 +37,16 @@ class Answer:
 
 @dataclass
 class RunningNode:
-    """`kachery-lab start` on a directory. `env` overrides settings; `prefix` is a command that runs it."""
+    """`kachery-lab start` on a directory. `env` overrides settings; `prefix` is a command that runs it. `fresh`: in a
+    new interpreter, as a person starts it, and not in one that has imported the program before."""
 
     storage: Path
     metadata: Path
     env: Mapping[str, str] = field(default_factory=dict)
     prefix: Sequence[str] = ()
     port: int = 0
-    process: subprocess.Popen[bytes] | None = None
+    fresh: bool = False
+    process: subprocess.Popen[bytes] | CommandProcess | None = None
 
     @property
     def log_path(self) -> Path:
@@ -68,6 +74,12 @@ class RunningNode:
     def launch(self) -> None:
         """Start the process without waiting for it."""
         self.metadata.parent.mkdir(parents=True, exist_ok=True)
+        program = self.prefix[1:] if list(self.prefix[:1]) == [sys.executable] else ()
+        # Only a new interpreter obeys variables like LD_PRELOAD.
+        fresh = self.fresh or any(name.startswith(("LD_", "PYTHON")) for name in self.env)
+        if not fresh and (program or not self.prefix):
+            self.process = CommandProcess(["start"], self.environment(), self.log_path, self.log_path, program)
+            return
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, sys.executable, "-m", "kachery_lab.cli", "start"],
@@ -148,28 +160,37 @@ class RunningNode:
         return self.process.wait(60)
 
     def kill(self) -> None:
-        """SIGKILL to the process group, so that a `prefix` command goes too."""
-        if self.process is not None and self.process.poll() is None:
+        """SIGKILL, to the process group when a `prefix` command has to go too."""
+        if isinstance(self.process, subprocess.Popen) and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
+        elif self.process is not None:
+            self.process.kill()
         if self.process is not None:
             self.process.wait(60)
 
     def run_cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A `kachery-lab` command with this node's settings."""
-        return subprocess.run(
-            [sys.executable, "-m", "kachery_lab.cli", *arguments],
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        return run_command(arguments, self.environment())
 
 
 def free_port() -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on. It is none of those that the system gives to outgoing connections and to whoever
+    asks for any: no other process is likely to take it before a server does, or while one is started again."""
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert given > 16_384, "the system leaves too few ports to choose from"
+    while True:
+        # Not `random`: Hypothesis seeds it, and every worker would choose the same ones.
+        port = given - 1 - secrets.randbelow(12_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                probe.listen()
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            return port
 
 
 def files_below(root: Path) -> list[Path]:

@@ -48,7 +48,7 @@ def upload_memory(place: Place) -> Iterator[Row]:
 def start(place: Place) -> Iterator[Row]:
     """From starting the process to the first 200 of `/readyz`, with a million blobs in the index."""
     root = place.directory()
-    node = RunningNode(root / "data", root / "meta")
+    node = RunningNode(root / "data", root / "meta", fresh=True)
     found = []
     try:
         node.start()

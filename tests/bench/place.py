@@ -42,7 +42,7 @@ class Place:
         deleted nearby, and the next line would be measured against that.
         """
         root = self.directory()
-        node = RunningNode(root / "data", root / "meta", env)
+        node = RunningNode(root / "data", root / "meta", env, fresh=True)
         try:
             yield node.start()
         finally:

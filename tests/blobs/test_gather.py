@@ -47,8 +47,8 @@ def test_others_do_not_wait_behind_one_that_hangs() -> None:
     release = threading.Event()
 
     async def run() -> float:
-        disk = Disk(deadline=5.0)
-        hung = asyncio.ensure_future(disk.run_short(lambda _: release.wait(5), 0))
+        disk = Disk(deadline=60.0)
+        hung = asyncio.ensure_future(disk.run_short(lambda _: release.wait(60), 0))
         await asyncio.sleep(0.02)
         begun = time.monotonic()
         assert await asyncio.gather(*(disk.run_short(lambda n: n, n) for n in range(50))) == list(range(50))
@@ -58,7 +58,7 @@ def test_others_do_not_wait_behind_one_that_hangs() -> None:
         disk.close()
         return seconds
 
-    assert asyncio.run(run()) < 2
+    assert asyncio.run(run()) < 30
 
 
 def test_the_deadline_counts_as_trouble() -> None:

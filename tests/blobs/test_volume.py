@@ -139,7 +139,7 @@ def test_a_dead_process_elsewhere_is_waited_for_once(layout, impatient):
     started = time.monotonic()
     owner = VolumeOwner(layout)
     owner.acquire()
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < 30
     assert written(layout)["pid"] == os.getpid()
     owner.release()
 

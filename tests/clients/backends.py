@@ -116,7 +116,7 @@ class Backend:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def wait_registered(self, node: RunningNode, channel: str, seconds: float = 20) -> None:
+    def wait_registered(self, node: RunningNode, channel: str, seconds: float = 60) -> None:
         """Until a call of the backend waits at its node, or one is known to have."""
         until = time.monotonic() + seconds
         while "registerTaskFunctions" not in node.log:
@@ -130,7 +130,7 @@ def asking(
     function: str,
     kind: str,
     tasks: list[dict[str, Any]],
-    seconds: float = 20,
+    seconds: float = 60,
     *,
     pause: float = 0,
 ) -> subprocess.Popen[str]:
@@ -155,7 +155,7 @@ def answers(process: subprocess.Popen[str], seconds: float = 120) -> list[dict[s
 
 
 def ask(
-    node: RunningNode, channel: str, function: str, kind: str, kwargs: dict[str, Any], seconds: float = 20
+    node: RunningNode, channel: str, function: str, kind: str, kwargs: dict[str, Any], seconds: float = 60
 ) -> dict[str, Any]:
     """One task."""
     return answers(asking(node, channel, function, kind, [kwargs], seconds))[0]

@@ -35,13 +35,20 @@ def client_variables(storage: Path | str, port: int, private: Path | str, python
     """The whole environment of a client process: the server on this port, its storage as the client sees it, and a
     directory of the client's own. Nothing is inherited, so no setting of the machine reaches the client."""
     return {
-        "HOME": str(private),
+        **machine_variables(private, python or client_python()),
         "KACHERY_DAEMON_HOST": "127.0.0.1",
         "KACHERY_DAEMON_PORT": str(port),
         "KACHERY_STORAGE_DIR": str(storage),
         "KACHERY_TEMP_DIR": f"{private}/kachery-tmp",
+    }
+
+
+def machine_variables(private: Path | str, python: Path) -> dict[str, str]:
+    """What any program needs, with a home of its own."""
+    return {
+        "HOME": str(private),
         "LANG": "C.UTF-8",
-        "PATH": f"{(python or client_python()).parent}:/usr/local/bin:/usr/bin:/bin",
+        "PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin",
         "TMPDIR": str(private),
     }
 

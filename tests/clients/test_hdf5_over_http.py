@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.clients.environment import client_python
+from tests.clients.person import Person
 from tests.gateway import CloudClient
+from tests.nodes import admin, requests_of, running_node
 from tests.servers import RunningNode
 
 ZONE = "lab.private"
-SECONDS = 300
 LARGEST_SHARE = 0.05
 
 MAKE = """
@@ -51,67 +49,50 @@ with fsspec.filesystem('http').open(URL, block_size=1 << 20) as remote, h5py.Fil
 """
 
 
-def run(place: Path, script: str, **values: Any) -> Any:
-    """The answer of a Python script in the environment that has h5py."""
-    head = "import json\ndef answer(x): print('ANSWER', json.dumps(x), flush=True)\n"
-    head += "".join(f"{name} = {value!r}\n" for name, value in values.items())
-    done = subprocess.run(
-        [client_python("hdf5-over-http"), "-c", head + textwrap.dedent(script)],
-        env={"HOME": str(place), "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "TMPDIR": str(place)},
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    return json.loads(answers[-1].removeprefix("ANSWER ")) if answers else None
+class Reader(Person):
+    """Has h5py and two ways to read a part of a file over HTTP."""
+
+    def __init__(self, private: Path) -> None:
+        super().__init__("hdf5-over-http", private, {})
+
+    def with_values(self, script: str, **values: Any) -> Any:
+        """The answer of a script that has these values under their names."""
+        return self.run("".join(f"{name} = {value!r}\n" for name, value in values.items()) + script)
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
     root = tmp_path_factory.mktemp("hdf5")
-    for name in ("storage", "metadata", "old"):
-        (root / name).mkdir()
-    env = {"KACHERY_LAB_RESOURCE_DIRS": f"{ZONE}={root / 'old'}"}
-    running = RunningNode(root / "storage", root / "metadata", env=env).start()
-    yield running
-    running.kill()
-
-
-def admin(node: RunningNode, method: str, path: str, body: Any = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    answer = node.request(method, f"/api/admin/v1/{path}", data, auth=node.admin_token)
-    assert answer.status < 300, answer
-    return answer.json() if answer.body else None
+    (root / "old").mkdir()
+    with running_node(root, env={"KACHERY_LAB_RESOURCE_DIRS": f"{ZONE}={root / 'old'}"}) as running:
+        yield running
 
 
 def fetched(node: RunningNode, since: int) -> tuple[int, set[tuple[str, int]]]:
     """(Bytes, {(method, status)}) of the answers to requests of files since a place in the log."""
-    entries = [json.loads(line) for line in node.log[since:].splitlines() if line.startswith("{")]
-    found = [one for one in entries if one.get("event") == "request" and one["path"].startswith("/sha1/")]
+    found = [one for one in requests_of(node, since) if one["path"].startswith("/sha1/")]
     return sum(one["bytes"] for one in found), {(one["method"], one["status"]) for one in found}
 
 
 def test_a_small_data_set_of_a_large_file(node: RunningNode, tmp_path: Path) -> None:
     size = 1 << 30
-    client = CloudClient()
-    admin(node, "POST", "users", {"name": "ann"})
-    admin(node, "POST", "clients", {"clientId": client.id, "user": "ann"})
+    client, reader = CloudClient(), Reader(tmp_path / "reader")
+    admin(node, "POST", "/users", {"name": "ann"})
+    admin(node, "POST", "/clients", {"clientId": client.id, "user": "ann"})
     own = node.request("GET", "/api/v1/info", auth=False).json()["nodeId"]
-    admin(node, "POST", "channels", {"name": ZONE, "owner": "admin"})
-    admin(node, "PUT", f"channels/{ZONE}/memberships/{own}", {})
-    admin(node, "PUT", f"channels/{ZONE}/authorizations/node/{own}", {"roles": ["provideFiles"]})
-    admin(node, "PUT", f"channels/{ZONE}/authorizations/user/ann", {"roles": ["requestFiles"]})
+    admin(node, "POST", "/channels", {"name": ZONE, "owner": "admin"})
+    admin(node, "PUT", f"/channels/{ZONE}/memberships/{own}", {})
+    admin(node, "PUT", f"/channels/{ZONE}/authorizations/node/{own}", {"roles": ["provideFiles"]})
+    admin(node, "PUT", f"/channels/{ZONE}/authorizations/user/ann", {"roles": ["requestFiles"]})
     path = tmp_path / "session.nwb"
-    run(tmp_path, MAKE, PATH=str(path), SIZE=size)
+    reader.with_values(MAKE, PATH=str(path), SIZE=size)
     assert path.stat().st_size >= size
     with path.open("rb") as file:
         sha1 = hashlib.file_digest(file, "sha1").hexdigest()
     flat = node.storage.parent / "old" / "sha1" / sha1
     flat.parent.mkdir(exist_ok=True)
     path.rename(flat)
-    token = admin(node, "POST", "tokens", {"user": "ann", "scopes": ["read"]})["token"]
+    token = admin(node, "POST", "/tokens", {"user": "ann", "scopes": ["read"]})["token"]
     request = {
         "type": "requestFromClient",
         "resourceName": ZONE,
@@ -134,7 +115,7 @@ def test_a_small_data_set_of_a_large_file(node: RunningNode, tmp_path: Path) -> 
     assert node.request("GET", plain, auth=False).status == 404
     for name, script in (("remfile", REMFILE), ("fsspec", FSSPEC)):
         since = len(node.log)
-        assert run(tmp_path, script, URL=url) == [2000, 1999 / 7.0 + 17, "good"]
+        assert reader.with_values(script, URL=url) == [2000, 1999 / 7.0 + 17, "good"]
         size_fetched, kinds = fetched(node, since)
         print(json.dumps({"reader": name, "file": found["size"], "fetched": size_fetched, "kinds": sorted(kinds)}))
         assert ("GET", 206) in kinds

@@ -1,7 +1,7 @@
 """The published client, unmodified, through a hub: uploads, loads, ephemeral mode, public channels.
 
-It can name no port, so it either speaks to port 80, or sends every request to the server as to a proxy. It prints
-`None` and succeeds when it finds nothing, so bytes are compared and storer and loader have different directories.
+It can name no port, so it sends every request to the server as to a proxy; one test is at port 80. It prints `None`
+and succeeds when it finds nothing, so bytes are compared and storer and loader have different directories.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +17,11 @@ import pytest
 
 from kachery_lab.core.keys import PublicKey
 from kachery_lab.core.roles import Role
-from tests.clients.environment import client_python
+from tests.clients.environment import DAEMON_CLIENT, client_variables
+from tests.clients.person import Person
 from tests.hubs import OWNER, Hub, LabNode, path_of
 
 HUB_NAME = "hub.lab"
-SECONDS = 60
 
 
 def port_80() -> bool:
@@ -36,70 +35,32 @@ def port_80() -> bool:
     return True
 
 
-class Client:
+class Client(Person):
     """Commands of kachery-client with a directory of their own."""
 
-    def __init__(self, hub: Hub, way: str, root: Path, *, storage: Path | None = None, node: LabNode | None = None):
+    def __init__(self, hub: Hub, root: Path, *, storage: Path | None = None, node: LabNode | None = None):
         self.storage = storage or root / "storage"
-        private = root / "private"
-        for directory in (self.storage, private):
-            directory.mkdir(parents=True, exist_ok=True)
+        self.storage.mkdir(parents=True, exist_ok=True)
         if node is not None:
             (self.storage / "owner").write_text(node.owner)
             (self.storage / "public.pem").write_text(PublicKey.parse(node.id).to_pem())
             (self.storage / "private.pem").write_text(node.key.to_pem())
-        name = "127.0.0.1" if way == "port 80" else HUB_NAME
-        self.python = client_python()
-        self.private = private
-        self.environment = {
-            "HOME": str(private),
-            # Where nobody listens, the client finds no daemon: ephemeral mode.
-            "KACHERY_DAEMON_HOST": "127.0.0.1",
-            "KACHERY_DAEMON_PORT": str(hub.port) if storage is not None else "9",
-            "KACHERY_STORAGE_DIR": str(self.storage),
-            "KACHERY_TEMP_DIR": f"{private}/kachery-tmp",
-            "KACHERY_HUB_API_URI": f"http://{name}",
-            "BITWOODER_API_URI": f"http://{name}",
-            "LANG": "C.UTF-8",
-            "PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin",
-            "TMPDIR": str(private),
-        }
-        if way == "proxy":
-            self.environment |= {"http_proxy": hub.base, "no_proxy": "localhost,127.0.0.1"}
-
-    def run(self, name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [self.python.with_name(name), *map(str, arguments)],
-            env=self.environment,
-            cwd=self.private,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-
-    def last(self, name: str, *arguments: str | Path) -> str:
-        """The last line of a command that succeeds."""
-        done = self.run(name, *arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="module", params=["port 80", "proxy"])
-def way(request: pytest.FixtureRequest) -> str:
-    if request.param == "port 80" and not port_80():
-        pytest.skip("port 80 is taken or not ours to take; the other way is tested")
-    return str(request.param)
+        name = "127.0.0.1" if hub.port == 80 else HUB_NAME
+        # Where nobody listens, the client finds no daemon: ephemeral mode.
+        variables = client_variables(self.storage, hub.port if storage is not None else 9, root / "private")
+        variables |= {"KACHERY_HUB_API_URI": f"http://{name}", "BITWOODER_API_URI": f"http://{name}"}
+        if hub.port != 80:
+            variables |= {"http_proxy": hub.base, "no_proxy": "localhost,127.0.0.1"}
+        super().__init__(DAEMON_CLIENT, root / "private", variables)
 
 
 @pytest.fixture(scope="module")
-def hub(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    port = 80 if way == "port 80" else 0
-    with Hub(tmp_path_factory.mktemp("hub"), port, allowed_hosts=(HUB_NAME,)) as running:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub"), allowed_hosts=(HUB_NAME,)) as running:
         yield running
 
 
-@pytest.fixture
-def channel(hub: Hub) -> str:
+def make_channel(hub: Hub) -> str:
     """A private channel; this server's own node has every role in it."""
     name = f"c{time.monotonic_ns():x}"
     hub.make_channel(name)
@@ -107,8 +68,8 @@ def channel(hub: Hub) -> str:
     return name
 
 
-@pytest.fixture
-def member(hub: Hub, channel: str) -> LabNode:
+def make_member(hub: Hub, channel: str) -> LabNode:
+    """A node with every role."""
     node = LabNode()
     hub.register(node)
     hub.join(node, channel)
@@ -116,15 +77,25 @@ def member(hub: Hub, channel: str) -> LabNode:
 
 
 @pytest.fixture
-def storer(hub: Hub, way: str, tmp_path: Path) -> Client:
-    """A client beside the server, in whose directory it looks."""
-    return Client(hub, way, tmp_path / "storer", storage=hub.storage)
+def channel(hub: Hub) -> str:
+    return make_channel(hub)
 
 
 @pytest.fixture
-def loader(hub: Hub, way: str, tmp_path: Path, member: LabNode) -> Client:
+def member(hub: Hub, channel: str) -> LabNode:
+    return make_member(hub, channel)
+
+
+@pytest.fixture
+def storer(hub: Hub, tmp_path: Path) -> Client:
+    """A client beside the server, in whose directory it looks."""
+    return Client(hub, tmp_path / "storer", storage=hub.storage)
+
+
+@pytest.fixture
+def loader(hub: Hub, tmp_path: Path, member: LabNode) -> Client:
     """An ephemeral client, elsewhere."""
-    return Client(hub, way, tmp_path / "loader", node=member)
+    return Client(hub, tmp_path / "loader", node=member)
 
 
 @pytest.fixture
@@ -147,30 +118,53 @@ def refusals(hub: Hub, channel: str) -> set[tuple[str, str]]:
     return {(who, action) for who, action, what, _ in hub.refusals() if what == channel}
 
 
-@pytest.mark.parametrize("size", [0, 1, 300_000], ids=["empty", "1", "300 kB"])
-def test_upload_and_ephemeral_load_from_a_private_channel(
-    hub: Hub, channel: str, storer: Client, loader: Client, make_file: Callable[[int], Path], size: int
-) -> None:
-    source = make_file(size)
+def up_and_down(hub: Hub, channel: str, storer: Client, loader: Client, source: Path) -> None:
+    """A file into a private channel and out of it."""
     data = source.read_bytes()
     plain_is_refused(hub, channel, data)
-    uri = storer.last("kachery-store", source, "--upload-to-channel", channel)
+    uri = storer.prints("kachery-store", source, "--upload-to-channel", channel)
     assert uri == f"sha1://{hashlib.sha1(data).hexdigest()}/data.bin"
     plain_is_refused(hub, channel, data)
-    found = Path(loader.last("kachery-load", "-e", "--channel", channel, uri))
+    found = Path(loader.prints("kachery-load", "-e", "--channel", channel, uri))
     assert loader.storage in found.parents
     assert found.read_bytes() == data
     plain_is_refused(hub, channel, data)
 
 
+@pytest.mark.parametrize("size", [0, 1, 300_000], ids=["empty", "1", "300 kB"])
+def test_upload_and_ephemeral_load_from_a_private_channel(
+    hub: Hub, channel: str, storer: Client, loader: Client, make_file: Callable[[int], Path], size: int
+) -> None:
+    up_and_down(hub, channel, storer, loader, make_file(size))
+
+
+def test_at_port_80(tmp_path: Path, make_file: Callable[[int], Path]) -> None:
+    """As people's clients come, without a proxy."""
+    if not port_80():
+        pytest.skip("port 80 is taken or not ours to take; the other way is tested")
+    with Hub(tmp_path / "hub", 80) as hub:
+        channel = make_channel(hub)
+        storer = Client(hub, tmp_path / "storer", storage=hub.storage)
+        loader = Client(hub, tmp_path / "loader", node=make_member(hub, channel))
+        up_and_down(hub, channel, storer, loader, make_file(70_000))
+        public = f"p{time.monotonic_ns():x}"
+        hub.make_channel(public, public=True)
+        hub.join(hub.node.identity.node_id, public)
+        source = tmp_path / "public.bin"
+        source.write_bytes(os.urandom(1000))
+        uri = storer.prints("kachery-store", source, "--upload-to-channel", public)
+        found = Path(Client(hub, tmp_path / "direct").prints("kachery-load", "--direct-channel", public, uri))
+        assert found.read_bytes() == source.read_bytes()
+
+
 def test_a_role_that_is_taken_away_ends_loading(
-    hub: Hub, way: str, channel: str, storer: Client, member: LabNode, tmp_path: Path, make_file: Callable[[int], Path]
+    hub: Hub, channel: str, storer: Client, member: LabNode, tmp_path: Path, make_file: Callable[[int], Path]
 ) -> None:
     source = make_file(5000)
-    uri = storer.last("kachery-store", source, "--upload-to-channel", channel)
+    uri = storer.prints("kachery-store", source, "--upload-to-channel", channel)
 
     def load(place: str) -> str:
-        return Client(hub, way, tmp_path / place, node=member).last("kachery-load", "-e", "--channel", channel, uri)
+        return Client(hub, tmp_path / place, node=member).prints("kachery-load", "-e", "--channel", channel, uri)
 
     hub.grant(member.id, channel, Role.ALL & ~Role.REQUEST_FILES)
     assert load("refused") == "None"
@@ -182,25 +176,25 @@ def test_a_role_that_is_taken_away_ends_loading(
 
 
 def test_ephemeral_upload(
-    hub: Hub, channel: str, loader: Client, member: LabNode, way: str, tmp_path: Path, make_file: Callable[[int], Path]
+    hub: Hub, channel: str, loader: Client, member: LabNode, tmp_path: Path, make_file: Callable[[int], Path]
 ) -> None:
     source = make_file(70_000)
     data = source.read_bytes()
     hub.grant(member.id, channel, Role.REQUEST_FILES)
-    done = loader.run("kachery-store", "-e", source, "--upload-to-channel", channel)
+    done = loader.command("kachery-store", "-e", source, "--upload-to-channel", channel)
     assert done.returncode != 0
     assert (f"node:{member.id}", "upload.issue") in refusals(hub, channel)
     hub.grant(member.id, channel, Role.PROVIDE_FILES)
-    uri = loader.last("kachery-store", "-e", source, "--upload-to-channel", channel)
+    uri = loader.prints("kachery-store", "-e", source, "--upload-to-channel", channel)
     plain_is_refused(hub, channel, data)
     reader = LabNode()
     hub.register(reader)
     hub.join(reader, channel, Role.REQUEST_FILES)
-    other = Client(hub, way, tmp_path / "reader", node=reader)
-    assert Path(other.last("kachery-load", "-e", "--channel", channel, uri)).read_bytes() == data
+    other = Client(hub, tmp_path / "reader", node=reader)
+    assert Path(other.prints("kachery-load", "-e", "--channel", channel, uri)).read_bytes() == data
     # Without a channel every membership's bucket is tried.
-    third = Client(hub, way, tmp_path / "third", node=reader)
-    assert Path(third.last("kachery-load", "-e", uri)).read_bytes() == data
+    third = Client(hub, tmp_path / "third", node=reader)
+    assert Path(third.prints("kachery-load", "-e", uri)).read_bytes() == data
 
 
 def test_uploads_through_the_server_need_the_role(
@@ -209,11 +203,11 @@ def test_uploads_through_the_server_need_the_role(
     source = make_file(1000)
     own = hub.node.identity.node_id
     hub.grant(own, channel, Role.REQUEST_FILES)
-    done = storer.run("kachery-store", source, "--upload-to-channel", channel)
+    done = storer.command("kachery-store", source, "--upload-to-channel", channel)
     assert done.returncode != 0
     assert ("local:local", "file.upload") in refusals(hub, channel)
     hub.grant(own, channel, Role.PROVIDE_FILES)
-    assert storer.last("kachery-store", source, "--upload-to-channel", channel).startswith("sha1://")
+    assert storer.prints("kachery-store", source, "--upload-to-channel", channel).startswith("sha1://")
 
 
 def test_load_through_the_server_says_what_is_missing(
@@ -221,56 +215,56 @@ def test_load_through_the_server_says_what_is_missing(
 ) -> None:
     own, absent = hub.node.identity.node_id, f"sha1://{'0' * 39}1/x"
     hub.grant(own, channel, Role.ALL)
-    assert storer.last("kachery-load", "--channel", channel, absent) == "None"
+    assert storer.prints("kachery-load", "--channel", channel, absent) == "None"
     hub.grant(own, channel, Role.PROVIDE_FILES)
-    done = storer.run("kachery-load", "--channel", channel, absent)
+    done = storer.command("kachery-load", "--channel", channel, absent)
     assert done.returncode != 0
-    assert "403" in done.stderr
-    assert "requestFiles" in done.stderr
-    assert channel in done.stderr
+    assert "403" in done.stderr.decode()
+    assert "requestFiles" in done.stderr.decode()
+    assert channel in done.stderr.decode()
     hub.grant(own, channel, Role.ALL)
-    assert storer.last("kachery-load", "--channel", channel, absent) == "None"
+    assert storer.prints("kachery-load", "--channel", channel, absent) == "None"
 
 
 def test_direct_load_from_a_public_channel(
-    hub: Hub, channel: str, way: str, storer: Client, tmp_path: Path, make_file: Callable[[int], Path]
+    hub: Hub, channel: str, storer: Client, tmp_path: Path, make_file: Callable[[int], Path]
 ) -> None:
     public = f"p{time.monotonic_ns():x}"
     hub.make_channel(public, public=True)
     hub.join(hub.node.identity.node_id, public)
     source = make_file(50_000)
     data = source.read_bytes()
-    storer.last("kachery-store", source, "--upload-to-channel", channel)
+    storer.prints("kachery-store", source, "--upload-to-channel", channel)
     uri = f"sha1://{hashlib.sha1(data).hexdigest()}"
-    direct = Client(hub, way, tmp_path / "direct")
+    direct = Client(hub, tmp_path / "direct")
     for name in (channel, public):
-        assert direct.last("kachery-load", "--direct-channel", name, uri) == "None"
-    storer.last("kachery-store", source, "--upload-to-channel", public)
-    assert direct.last("kachery-load", "--direct-channel", channel, uri) == "None"
-    assert Path(direct.last("kachery-load", "--direct-channel", public, uri)).read_bytes() == data
-    again = Client(hub, way, tmp_path / "again")
+        assert direct.prints("kachery-load", "--direct-channel", name, uri) == "None"
+    storer.prints("kachery-store", source, "--upload-to-channel", public)
+    assert direct.prints("kachery-load", "--direct-channel", channel, uri) == "None"
+    assert Path(direct.prints("kachery-load", "--direct-channel", public, uri)).read_bytes() == data
+    again = Client(hub, tmp_path / "again")
     hub.revoke(hub.node.identity.node_id, public)
-    assert Path(again.last("kachery-load", "--direct-channel", public, uri)).read_bytes() == data
+    assert Path(again.prints("kachery-load", "--direct-channel", public, uri)).read_bytes() == data
 
 
 def test_a_large_file_goes_up_in_chunks(
-    hub: Hub, way: str, channel: str, storer: Client, member: LabNode, tmp_path: Path, make_file: Callable[[int], Path]
+    hub: Hub, channel: str, storer: Client, member: LabNode, tmp_path: Path, make_file: Callable[[int], Path]
 ) -> None:
     """The client uploads chunks and manifest; reading through a manifest works in its direct mode only."""
     public = f"p{time.monotonic_ns():x}"
     hub.make_channel(public, public=True)
     hub.join(hub.node.identity.node_id, public)
     source = make_file(20_000_001)
-    uri = storer.last("kachery-store", source, "--upload-to-channel", public)
+    uri = storer.prints("kachery-store", source, "--upload-to-channel", public)
     assert "?manifest=" in uri
-    direct = Client(hub, way, tmp_path / "direct")
-    found = Path(direct.last("kachery-load", "--direct-channel", public, uri))
+    direct = Client(hub, tmp_path / "direct")
+    found = Path(direct.prints("kachery-load", "--direct-channel", public, uri))
     assert direct.storage in found.parents
     assert found.read_bytes() == source.read_bytes()
 
 
-def test_a_node_that_nobody_registered(hub: Hub, way: str, channel: str, tmp_path: Path) -> None:
-    stranger = Client(hub, way, tmp_path / "stranger", node=LabNode(OWNER))
-    done = stranger.run("kachery-load", "-e", "--channel", channel, f"sha1://{'0' * 40}")
+def test_a_node_that_nobody_registered(hub: Hub, channel: str, tmp_path: Path) -> None:
+    stranger = Client(hub, tmp_path / "stranger", node=LabNode(OWNER))
+    done = stranger.command("kachery-load", "-e", "--channel", channel, f"sha1://{'0' * 40}")
     assert done.returncode != 0
-    assert "Node not found" in done.stderr
+    assert "Node not found" in done.stderr.decode()

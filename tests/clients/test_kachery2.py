@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.zone_client import Lab, ZoneClient
-from tests.servers import RunningNode
+from tests.clients.zone_client import Lab, ZoneClient, running_lab
 
 INITIATE = ("POST", "/api/initiateFileUpload", 200)
 PUT = ("PUT", "/bucket/upload/", 200)
@@ -22,17 +21,11 @@ Person = Callable[..., ZoneClient]
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root = tmp_path_factory.mktemp("kachery2")
-    for name in ("storage", "metadata"):
-        (root / name).mkdir()
-    node = RunningNode(root / "storage", root / "metadata").start()
-    lab = Lab(node)
     people = {"ann": ["provideFiles", "requestFiles"], "ben": ["requestFiles"], "eve": ["requestFeeds"]}
-    lab.zone("lab.private", **people)
-    lab.zone("lab.public", public=True, **people)
-    yield lab
-    assert "Traceback" not in node.log
-    node.kill()
+    with running_lab(tmp_path_factory.mktemp("kachery2")) as lab:
+        lab.zone("lab.private", **people)
+        lab.zone("lab.public", public=True, **people)
+        yield lab
 
 
 @pytest.fixture
@@ -103,12 +96,12 @@ def test_the_commands(lab: Lab, person: Person) -> None:
     ann, ben = person("ann"), person("ben")
     data = bytes(range(256)) * 5000
     (ann.private / "a.bin").write_bytes(data)
-    uri = ann.process("kachery-store", "a.bin").stdout.decode().split()[-1]
+    uri = ann.command("kachery-store", "a.bin").stdout.decode().split()[-1]
     assert uri == f"kachery:lab.private:sha1:{hashlib.sha1(data).hexdigest()}:a.bin"
-    assert ben.process("kachery-cat", uri).stdout == data
-    path = ben.process("kachery-load", uri).stdout.decode().splitlines()[-1]
+    assert ben.command("kachery-cat", uri).stdout == data
+    path = ben.command("kachery-load", uri).stdout.decode().splitlines()[-1]
     assert Path(path).read_bytes() == data
-    info = ben.process("kachery-load-info", uri)
+    info = ben.command("kachery-load-info", uri)
     assert json.loads(info.stdout)["size"] == len(data)
 
 

@@ -10,87 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.clients.environment import client_python, client_variables
+from tests.clients.daemon_client import Client
+from tests.clients.person import finish
+from tests.nodes import running_node
 from tests.servers import RunningNode, blob_path, drafts, free_port
 
 MANIFESTS = json.loads((Path(__file__).parents[1] / "vectors" / "manifests.json").read_text("utf-8"))
-SCRIPT_SECONDS = 60
-
-
-class Client:
-    """Runs commands and scripts of the client."""
-
-    def __init__(self, storage: Path, port: int, private: Path) -> None:
-        private.mkdir(parents=True, exist_ok=True)
-        self.private = private
-        self.python = client_python()
-        self.environment = client_variables(storage, port, private, self.python)
-        self.environment.pop("KACHERY_DAEMON_HOST")
-
-    def command(self, name: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
-        """A console script of the client."""
-        return subprocess.run(
-            [self.python.with_name(name), *map(str, arguments)],
-            env=self.environment,
-            cwd=self.private,
-            capture_output=True,
-            timeout=SCRIPT_SECONDS,
-        )
-
-    def prints(self, name: str, *arguments: str | Path) -> str:
-        """The last line of a command that succeeds."""
-        done = self.command(name, *arguments)
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode().strip().splitlines()[-1]
-
-    def start(self, script: str) -> subprocess.Popen[bytes]:
-        """A Python script that has `kc`, and prints one JSON value with `answer(...)`."""
-        head = "import json\nimport kachery_client as kc\ndef answer(x): print('ANSWER', json.dumps(x), flush=True)\n"
-        return subprocess.Popen(
-            [self.python, "-c", head + textwrap.dedent(script)],
-            env=self.environment,
-            cwd=self.private,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def run(self, script: str) -> Any:
-        """The answer of a script that succeeds."""
-        return finish(self.start(script))
-
-    def fails(self, script: str) -> str:
-        """The error text of a script that fails."""
-        process = self.start(script)
-        _, errors = process.communicate(timeout=SCRIPT_SECONDS)
-        assert process.returncode != 0
-        return errors.decode()
-
-
-def finish(process: subprocess.Popen[bytes]) -> Any:
-    output, errors = process.communicate(timeout=SCRIPT_SECONDS)
-    assert process.returncode == 0, errors.decode()
-    answers = [line for line in output.decode().splitlines() if line.startswith("ANSWER ")]
-    return json.loads(answers[-1].removeprefix("ANSWER ")) if answers else None
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("client")
-    for name in ("storage", "metadata"):
-        (root / name).mkdir()
-    running = RunningNode(root / "storage", root / "metadata").start()
-    yield running
-    assert "Traceback" not in running.log
-    running.kill()
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    with running_node(tmp_path_factory.mktemp("client")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -11,77 +11,35 @@ import http.client
 import json
 import re
 import subprocess
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import pytest
 
 from kachery_lab.core.keys import PrivateKey, PublicKey
-from tests.clients.environment import client_python
+from tests.clients.person import Person, ended
+from tests.nodes import admin, requests_of, running_node
 from tests.servers import RunningNode
 
 VERSIONS = ("0.4.10", "0.4.2")
-SECONDS = 90
 ZONE = "lab.private"
 
 
-class Cloud:
-    """One client: a version, a zone, a directory."""
+class Cloud(Person):
+    """One client: a version, a zone, a directory. Scripts have `kcl`."""
+
+    imports = "import kachery_cloud as kcl\n"
 
     def __init__(self, node: RunningNode, version: str, place: Path, zone: str = ZONE, **more: str) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        self.place = place
         self.cache = place / "cloud"
-        self.python = client_python(f"kachery-cloud-{version}")
-        self.environment = {
-            "HOME": str(place),
-            "LANG": "C.UTF-8",
-            "PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin",
-            "TMPDIR": str(place),
+        variables = {
             "KACHERY_GATEWAY_URL": f"http://127.0.0.1:{node.port}",
             "KACHERY_ZONE": zone,
             "KACHERY_CLOUD_DIR": str(self.cache),
             **more,
         }
-
-    def start(self, *command: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(one) for one in command],
-            env=self.environment,
-            cwd=self.place,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def command(self, name: str, *arguments: str | Path) -> tuple[int, str, str]:
-        """(Exit code, output, errors) of a console script."""
-        process = self.start(self.python.with_name(name), *arguments)
-        output, errors = process.communicate(timeout=SECONDS)
-        return process.returncode, output, errors
-
-    def _script(self, script: str) -> tuple[int, str, str]:
-        head = "import json\nimport kachery_cloud as kcl\ndef answer(x): print('ANSWER', json.dumps(x), flush=True)\n"
-        process = self.start(self.python, "-c", head + textwrap.dedent(script))
-        output, errors = process.communicate(timeout=SECONDS)
-        return process.returncode, output, errors
-
-    def run(self, script: str) -> Any:
-        """What a Python script that succeeds hands to `answer(...)`. It has `kcl`."""
-        code, output, errors = self._script(script)
-        assert code == 0, errors
-        answers = [line for line in output.splitlines() if line.startswith("ANSWER ")]
-        return json.loads(answers[-1].removeprefix("ANSWER ")) if answers else None
-
-    def fails(self, script: str) -> str:
-        """The error text of a Python script that fails."""
-        code, _, errors = self._script(script)
-        assert code != 0
-        return errors
+        super().__init__(f"kachery-cloud-{version}", place, variables)
 
     def give_keys(self) -> None:
         """As the client itself writes them, without a newline at the end."""
@@ -99,35 +57,22 @@ class Cloud:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
     root = tmp_path_factory.mktemp("cloud")
-    for name in ("storage", "metadata", "resource"):
-        (root / name).mkdir()
-    running = RunningNode(
-        root / "storage",
-        root / "metadata",
-        env={"KACHERY_LAB_RESOURCE_DIRS": f"{ZONE}={root / 'resource'},lab.open={root / 'resource'}"},
-    ).start()
-    own = running.request("GET", "/api/v1/info", auth=False).json()["nodeId"]
-    for user in ("ann", "guest"):
-        admin(running, "POST", "users", {"name": user})
-    for zone in (ZONE, "lab.open"):
-        admin(running, "POST", "channels", {"name": zone, "owner": "ann", "public": zone == "lab.open"})
-        admin(running, "PUT", f"channels/{zone}/memberships/{own}", {})
-        admin(running, "PUT", f"channels/{zone}/authorizations/node/{own}", {"roles": ["provideFiles"]})
-    yield running
-    assert "Traceback" not in running.log
-    running.kill()
-
-
-def admin(node: RunningNode, method: str, path: str, body: object = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    answer = node.request(method, f"/api/admin/v1/{path}", data, auth=node.admin_token)
-    assert answer.status < 300, (path, answer)
-    return answer.json() if answer.body else None
+    (root / "resource").mkdir()
+    env = {"KACHERY_LAB_RESOURCE_DIRS": f"{ZONE}={root / 'resource'},lab.open={root / 'resource'}"}
+    with running_node(root, env=env) as running:
+        own = running.request("GET", "/api/v1/info", auth=False).json()["nodeId"]
+        for user in ("ann", "guest"):
+            admin(running, "POST", "/users", {"name": user})
+        for zone in (ZONE, "lab.open"):
+            admin(running, "POST", "/channels", {"name": zone, "owner": "ann", "public": zone == "lab.open"})
+            admin(running, "PUT", f"/channels/{zone}/memberships/{own}", {})
+            admin(running, "PUT", f"/channels/{zone}/authorizations/node/{own}", {"roles": ["provideFiles"]})
+        yield running
 
 
 def grant(node: RunningNode, user: str, *roles: str) -> None:
     """Set what a user may do in the private zone."""
-    path = f"channels/{ZONE}/authorizations/user/{user}"
+    path = f"/channels/{ZONE}/authorizations/user/{user}"
     if roles:
         admin(node, "PUT", path, {"roles": list(roles)})
     else:
@@ -155,7 +100,7 @@ def make(node: RunningNode, version: str, tmp_path: Path) -> Callable[..., Cloud
         if keys:
             client.give_keys()
         if user is not None:
-            admin(node, "POST", "clients", {"clientId": client.id, "user": user, "label": name})
+            admin(node, "POST", "/clients", {"clientId": client.id, "user": user, "label": name})
         return client
 
     return make_client
@@ -170,9 +115,8 @@ class Requests:
 
     def __call__(self) -> list[str]:
         found = []
-        for line in self._node.log[self._from :].splitlines():
-            entry = json.loads(line) if line.startswith("{") else {}
-            if entry.get("event") == "request" and not entry["path"].startswith(("/readyz", "/api/admin")):
+        for entry in requests_of(self._node, self._from):
+            if not entry["path"].startswith(("/readyz", "/api/admin")):
                 path = re.sub(r"[0-9a-f]{40}|\[redacted\]|(?<=/upload/)[^/]+", "*", entry["path"])
                 found.append(f"{entry['method']} {path} {entry['status']}")
         return found
@@ -319,19 +263,20 @@ def browse(node: RunningNode, method: str, url: str, **form: str) -> tuple[int, 
         connection.close()
 
 
-def begin(client: Cloud) -> tuple[subprocess.Popen[str], str]:
+def begin(client: Cloud) -> tuple[subprocess.Popen[bytes], str]:
     """`kachery-cloud-init`, waiting for Enter, and the link that it printed."""
-    process = client.start(client.python.with_name("kachery-cloud-init"))
+    process = client.open("kachery-cloud-init", stdin=subprocess.PIPE)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("http"):
-            return process, line.strip()
+        if line.startswith(b"http"):
+            return process, line.decode().strip()
     raise AssertionError(process.communicate()[1])
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    output, errors = process.communicate("\n", timeout=SECONDS)
-    return process.returncode, output, errors
+def press_enter(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
+    """(Exit code, output, errors) of the rest."""
+    done = ended(process, b"\n")
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 def test_init_with_approval(node: RunningNode, make: Callable[..., Cloud], version: str) -> None:
@@ -342,15 +287,16 @@ def test_init_with_approval(node: RunningNode, make: Callable[..., Cloud], versi
     assert (status, "<form" in page) == (200, True)
     status, page = browse(node, "POST", link, user="ann", code="")
     assert "waits for approval" in page
-    code, output, errors = finish(process)
+    code, output, errors = press_enter(process)
     assert code != 0, output
     assert "Failed to initialize" in errors
     approve = re.search(r"kachery-lab (client approve [0-9a-f]{64})<", page)
     assert approve is not None
     assert client.id in approve.group(1)
     cli(node, *approve.group(1).split())
-    code, output, errors = client.command("kachery-cloud-init")
-    assert code == 0, errors
+    done = client.command("kachery-cloud-init")
+    assert done.returncode == 0, done.stderr
+    output = done.stdout.decode()
     assert "already been registered" in output
     assert "Owner: ann" in output
     known = re.search(r"http\S+/client/[0-9a-f]{64}", output)
@@ -366,7 +312,7 @@ def test_init_with_an_enrolment_code(node: RunningNode, make: Callable[..., Clou
     assert browse(node, "POST", link, user="", code=f"{code}x")[0] == 401
     status, page = browse(node, "POST", link, user="", code=code)
     assert (status, "is registered" in page) == (200, True)
-    exit_code, output, errors = finish(process)
+    exit_code, output, errors = press_enter(process)
     assert exit_code == 0, errors
     assert "initialized successfully" in output
     assert "Owner: ann" in output
@@ -398,16 +344,16 @@ def link_and_load(node: RunningNode, make: Callable[..., Cloud], zone: str, prox
     resource = node.storage.parent / "resource"
     linker = make(f"linker-{zone}", None, KACHERY_CLOUD_DIR=str(resource))
     data = f"{zone} {linker.python}".encode() * 10_000
-    source = linker.place / "session.nwb"
+    source = linker.private / "session.nwb"
     source.write_bytes(data)
     uri = linker.run(f"answer(kcl.link_file({str(source)!r}))")
     assert (resource / "linked_files").is_dir()
     loader = make(f"loader-{zone}", user)
-    loader.environment.pop("KACHERY_ZONE")
+    loader.variables.pop("KACHERY_ZONE")
     requests = Requests(node)
     script = f"ZONE, URI, PROXY = {zone!r}, {uri!r}, {proxy!r}\n{SPYGLASS}"
     assert loader.run(script) == "loaded.nwb"
-    assert (loader.place / "loaded.nwb").read_bytes() == data
+    assert (loader.private / "loaded.nwb").read_bytes() == data
     seen = requests()
     second = make(f"second-{zone}", user)
     requests = Requests(node)
@@ -431,7 +377,7 @@ def test_link_file_in_a_private_zone(node: RunningNode, make: Callable[..., Clou
     errors = loader.fails(script)
     assert "401" in errors
     assert "/p/" in errors
-    token = admin(node, "POST", "tokens", {"user": "ann", "scopes": ["read"], "channels": [ZONE]})["token"]
+    token = admin(node, "POST", "/tokens", {"user": "ann", "scopes": ["read"], "channels": [ZONE]})["token"]
     seen = link_and_load(node, make, ZONE, f"{plain}/p/{token}", "ann")
     assert seen == [GATEWAY, f"POST /p/*/r/{ZONE} 200", GATEWAY, "GET /sha1/* 200"]
     absent = script.replace(plain, f"{plain}/p/{token}")

@@ -8,8 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.clients.zone_client import Lab, ZoneClient
-from tests.servers import RunningNode
+from tests.clients.zone_client import Lab, ZoneClient, running_lab
 
 FIGURE = """
 import numpy as np
@@ -58,15 +57,9 @@ answer({'equal': equal, 'table': views['UnitsTable'], 'texts': len({json.dumps(o
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root = tmp_path_factory.mktemp("sortingview")
-    for name in ("storage", "metadata"):
-        (root / name).mkdir()
-    node = RunningNode(root / "storage", root / "metadata").start()
-    lab = Lab(node)
-    lab.zone("sorting", ann=["provideFiles", "requestFiles"], ben=["requestFiles"])
-    yield lab
-    assert "Traceback" not in node.log
-    node.kill()
+    with running_lab(tmp_path_factory.mktemp("sortingview")) as lab:
+        lab.zone("sorting", ann=["provideFiles", "requestFiles"], ben=["requestFiles"])
+        yield lab
 
 
 def test_a_figure(lab: Lab, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.proxies import relay
 from tests.servers import RunningNode
 
 _FEED = re.compile(r"/feeds/../../../([0-9a-f]{64})/subfeeds/../../../[0-9a-f]{40}/([^/?]+)$")
@@ -73,8 +74,7 @@ class LyingHub:
                 with socket.create_connection(("127.0.0.1", hub.port)) as there:
                     head = f"{self.requestline}\r\n{self.headers}"
                     there.sendall(head.replace("\r\n", "\n").replace("\n", "\r\n").encode())
-                    threading.Thread(target=_copy, args=(there, self.connection), daemon=True).start()
-                    _copy(self.connection, there)
+                    relay(self.connection, there)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -99,17 +99,3 @@ class LyingHub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-def _copy(source: socket.socket, sink: socket.socket) -> None:
-    try:
-        while piece := source.recv(65536):
-            sink.sendall(piece)
-    except OSError:
-        pass
-    finally:
-        for end in (source, sink):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue

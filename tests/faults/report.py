@@ -52,7 +52,7 @@ def histogram(statuses: Iterable[int]) -> dict[str, int]:
     return {str(status): count for status, count in sorted(Counter(statuses).items())}
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     """Poll until `condition()`; fails naming `what`."""
     until = time.monotonic() + seconds
     while not condition():

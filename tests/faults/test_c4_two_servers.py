@@ -12,7 +12,7 @@ from tests.faults.test_f13_volume import refusal
 from tests.faults.tools import restart, sha1_of, without
 from tests.servers import RunningNode
 
-TAKEOVER_SECONDS = 10
+TAKEOVER_SECONDS = 60
 Make = Callable[..., RunningNode]
 
 

@@ -271,6 +271,8 @@ def traced(make_node: Make, *prefix: str) -> tuple[list[str], int]:
     wait_for(lambda: b"e" * 40 in trace.read_bytes()[begin:], "the last request is in the trace")
     own = [node.storage, node.metadata, Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parents[2]]
     own += [place.resolve() for place in own]
+    # What the heartbeat reads, every two seconds.
+    own.append(Path("/proc/sys/kernel/random/boot_id"))
     return opened_elsewhere(trace.read_bytes()[begin:].decode(errors="replace"), own), trials
 
 

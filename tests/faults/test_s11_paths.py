@@ -192,7 +192,7 @@ def test_nothing_but_regular_files_that_may_be_served(make_lab: Callable[..., La
         for ask in (lab.store, lab.link):
             begun = time.monotonic()
             answer = ask(path)
-            assert time.monotonic() - begun < 2, path
+            assert time.monotonic() - begun < 20, path
             statuses.append(answer.status)
             assert answer.status == expected, (ask.__name__, path, answer.status, answer.body)
     for data in (SECRET, pem.read_bytes(), (node.storage / "client-auth").read_bytes(), b"for root alone"):

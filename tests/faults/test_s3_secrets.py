@@ -154,7 +154,7 @@ ENVIRONMENT = {"KACHERY_LAB_ADMIN_TOKEN": ADMIN, "KACHERY_LAB_LOG_LEVEL": "debug
 
 @pytest.mark.parametrize("form", ["json", pytest.param("console", marks=pytest.mark.slow)])
 def test_no_secret_anywhere_but_in_its_place(make_node: Make, form: str) -> None:
-    node = make_node(env={**ENVIRONMENT, "KACHERY_LAB_LOG_FORMAT": form}).start()
+    node = make_node(env={**ENVIRONMENT, "KACHERY_LAB_LOG_FORMAT": form}, fresh=True).start()
     scene = play(node)
     assert not (node.metadata / "admin-token").exists()
     assert leaks(scene) == {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,70 +12,43 @@ import pytest
 
 from kachery_lab.core.ids import FeedId, SubfeedHash
 from kachery_lab.core.objects import subfeed_folder
-from tests.clients.test_kachery_client import Client, finish
+from tests.clients.daemon_client import Client
+from tests.clients.person import finish
+from tests.faults.report import wait_for
+from tests.federations import CHANNEL, SECONDS, Federation, federation, node_id
 from tests.servers import RunningNode
 
-CHANNEL = "rig-data"
 NAMES = ("hub", "one", "two")
 SUBFEED = "5" * 40
-_private = itertools.count()
 
 
-class Lab:
-    """A hub with private channels, and two joined nodes. Every node has every role."""
+class Lab(Federation):
+    """A hub and two joined nodes."""
 
-    def __init__(self, make_node: Callable[..., RunningNode]) -> None:
-        self.hub = make_node("hub").start()
-        env = {"KACHERY_LAB_HUB_URL": f"http://127.0.0.1:{self.hub.port}"}
-        self.one = make_node("one", env=env).start()
-        self.two = make_node("two", env=env).start()
-        for node in (self.one, self.two):
-            self.approve(node)
-        self.open_channel(CHANNEL)
-        wait_for_bands(self.one, self.two)
+    @property
+    def one(self) -> RunningNode:
+        return self.members["one"]
 
-    def id(self, node: RunningNode) -> str:
-        return (node.storage / "kachery-node-id").read_text()
-
-    def admin(self, method: str, path: str, body: Any = None) -> Any:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        data = None if body is None else json.dumps(body)
-        answer = self.hub.request(method, f"/api/admin/v1{path}", data, headers, auth=self.hub.admin_token)
-        assert answer.status < 300, (method, path, answer.status, answer.body)
-        return answer.json() if answer.body else None
-
-    def approve(self, node: RunningNode) -> None:
-        until = time.monotonic() + 10
-        while not any(found["nodeId"] == self.id(node) for found in self.admin("GET", "/nodes")["nodes"]):
-            assert time.monotonic() < until, node.log
-            time.sleep(0.1)
-        self.admin("PATCH", f"/nodes/{self.id(node)}", {"approved": True})
-
-    def open_channel(self, channel: str) -> None:
-        self.admin("POST", "/channels", {"name": channel, "owner": "admin"})
-        for node in (self.hub, self.one, self.two):
-            self.admin("PUT", f"/channels/{channel}/memberships/{self.id(node)}", {})
-            self.grant(node, "all", channel=channel)
-
-    def grant(self, node: RunningNode, *roles: str, channel: str = CHANNEL) -> None:
-        """What the channel grants a node, in place of what it did."""
-        self.admin("PUT", f"/channels/{channel}/authorizations/node/{self.id(node)}", {"roles": list(roles)})
+    @property
+    def two(self) -> RunningNode:
+        return self.members["two"]
 
 
-def wait_for_bands(*nodes: RunningNode, times: int = 1) -> None:
-    until = time.monotonic() + 20
-    while not all(node.log.count("the hub's bands are connected") >= times for node in nodes):
-        assert time.monotonic() < until, [node.log[-2000:] for node in nodes]
-        time.sleep(0.05)
-    time.sleep(0.5)
+def opened(root: Path) -> Iterator[Lab]:
+    with federation(root, "one", "two") as found:
+        yield Lab(found.hub, found.members)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The same three servers for all tests that leave them as they were."""
+    yield from opened(tmp_path_factory.mktemp("feeds"))
 
 
 @pytest.fixture
-def lab(make_node: Callable[..., RunningNode]) -> Iterator[Lab]:
-    lab = Lab(make_node)
-    yield lab
-    for node in (lab.hub, lab.one, lab.two):
-        assert "Traceback" not in node.log, node.log[-4000:]
+def own_lab(tmp_path: Path) -> Iterator[Lab]:
+    """Three servers that a test may stop."""
+    yield from opened(tmp_path)
 
 
 def create(node: RunningNode) -> str:
@@ -96,9 +67,16 @@ def watch(node: RunningNode, feed: str, position: int = 0, wait: float = 0, chan
     return node.post("/feed/watchForNewMessages", {"subfeedWatches": watches, "waitMsec": wait * 1000, **more})
 
 
-def follow(node: RunningNode, feed: str, count: int, seconds: float = 30.0, channel: str = CHANNEL) -> list[Any]:
-    """Messages from 0 until there are `count`, by repeated long polls."""
-    found: list[Any] = []
+def follow(
+    node: RunningNode,
+    feed: str,
+    count: int,
+    seconds: float = SECONDS,
+    channel: str = CHANNEL,
+    found: list[Any] | None = None,
+) -> list[Any]:
+    """Messages from 0 until there are `count`, by repeated long polls; in `found` as they come."""
+    found = [] if found is None else found
     until = time.monotonic() + seconds
     while len(found) < count and time.monotonic() < until:
         answer = watch(node, feed, len(found), wait=2, channel=channel)
@@ -115,7 +93,7 @@ def local(node: RunningNode, feed: str) -> int:
 def test_the_published_client_follows_a_feed(lab: Lab, tmp_path: Path) -> None:
     """Created and appended to on one node; followed on the two others, live, in order, each message once."""
     clients = {
-        name: Client(node.storage, node.port, tmp_path / f"client{next(_private)}")
+        name: Client(node.storage, node.port, tmp_path / name)
         for name, node in zip(NAMES, (lab.hub, lab.one, lab.two), strict=True)
     }
     uri = clients["one"].run("answer(kc.create_feed('shared').uri)")
@@ -149,15 +127,14 @@ def test_live_and_from_the_bucket(lab: Lab, owner: str) -> None:
     for node in nodes.values():
         # Nobody asked before: nothing was uploaded by the appends alone.
         assert local(node, feed) == 0
-    found: dict[str, list[Any]] = {}
-
-    def run(name: str, node: RunningNode) -> None:
-        found[name] = follow(node, feed, 25)
-
-    threads = [threading.Thread(target=run, args=item) for item in nodes.items()]
+    found: dict[str, list[Any]] = {name: [] for name in nodes}
+    threads = [
+        threading.Thread(target=follow, args=(node, feed, 25), kwargs={"found": found[name]})
+        for name, node in nodes.items()
+    ]
     for thread in threads:
         thread.start()
-    time.sleep(1.5)
+    wait_for(lambda: all(len(came) >= 5 for came in found.values()), "what was there arrived", SECONDS)
     for number in range(5, 25):
         append(writer, feed, {"n": number})
         time.sleep(0.02)
@@ -185,13 +162,14 @@ def test_large_appends_arrive_whole(lab: Lab) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarted", ["owner", "hub", "hub killed"])
-def test_a_restart_in_between_loses_nothing(lab: Lab, restarted: str) -> None:
+def test_a_restart_in_between_loses_nothing(own_lab: Lab, restarted: str) -> None:
+    lab = own_lab
+    found: list[Any] = []
     feed = create(lab.one)
     append(lab.one, feed, {"n": 0})
-    found: list[Any] = []
-    watcher = threading.Thread(target=lambda: found.extend(follow(lab.two, feed, 7, seconds=60)))
+    watcher = threading.Thread(target=lambda: follow(lab.two, feed, 7, found=found))
     watcher.start()
-    time.sleep(1.5)
+    wait_for(lambda: len(found) == 1, "the first message arrived", SECONDS)
     append(lab.one, feed, {"n": 1})
     if restarted == "owner":
         assert lab.one.terminate() == 0
@@ -212,65 +190,70 @@ def test_a_restart_in_between_loses_nothing(lab: Lab, restarted: str) -> None:
 
 
 def test_no_role_no_feed(lab: Lab) -> None:
-    """Each role stops its flow within a second, with words; and it flows again when the role is back."""
+    """Each role stops its flow, with words; and it flows again when the role is back."""
+    channel = lab.open_channel()
     feed = create(lab.one)
     append(lab.one, feed, {"n": 0})
-    assert len(follow(lab.two, feed, 1)) == 1
+    assert len(follow(lab.two, feed, 1, channel=channel)) == 1
 
-    lab.grant(lab.two, "provideFeeds")
-    time.sleep(1)
-    refused = watch(lab.two, feed, 1, wait=0.1)
+    lab.grant(lab.two, "provideFeeds", channel=channel)
+    lab.settle()
+    refused = watch(lab.two, feed, 1, wait=0.1, channel=channel)
     assert refused.status == 403
-    assert b"requestFeeds" in refused.body and CHANNEL.encode() in refused.body
+    assert b"requestFeeds" in refused.body and channel.encode() in refused.body
     append(lab.one, feed, {"n": 1})
-    time.sleep(1)
+    # Somebody else hears of it, and what is said on the bands after it is heard by all.
+    assert len(follow(lab.hub, feed, 2, channel=channel)) == 2
+    lab.settle()
     assert local(lab.two, feed) == 1
     assert [m["n"] for m in watch(lab.two, feed, channel="*local*").json()["messages"]["w"]] == [0]
-    lab.grant(lab.two, "requestFeeds")
-    time.sleep(1)
-    assert [m["n"] for m in follow(lab.two, feed, 2)] == [0, 1]
+    lab.grant(lab.two, "requestFeeds", channel=channel)
+    lab.settle()
+    assert [m["n"] for m in follow(lab.two, feed, 2, channel=channel)] == [0, 1]
 
-    lab.grant(lab.one, "requestFeeds")
-    time.sleep(1)
+    lab.grant(lab.one, "requestFeeds", channel=channel)
+    lab.settle()
     append(lab.one, feed, {"n": 2})
-    assert watch(lab.two, feed, 2, wait=3).json() == {"success": True, "messages": {"w": []}}
-    lab.grant(lab.one, "all")
-    assert [m["n"] for m in follow(lab.two, feed, 3)] == [0, 1, 2]
+    assert watch(lab.two, feed, 2, wait=2, channel=channel).json() == {"success": True, "messages": {"w": []}}
+    lab.grant(lab.one, "all", channel=channel)
+    assert [m["n"] for m in follow(lab.two, feed, 3, channel=channel)] == [0, 1, 2]
 
 
 def test_a_wait_ends_when_the_role_goes(lab: Lab) -> None:
+    channel = lab.open_channel()
     feed = create(lab.one)
     answers: list[Any] = []
-    waiter = threading.Thread(target=lambda: answers.append(watch(lab.two, feed, wait=3)))
+    waiter = threading.Thread(target=lambda: answers.append(watch(lab.two, feed, wait=3, channel=channel)))
     waiter.start()
     time.sleep(1)
-    lab.grant(lab.two, "provideFeeds")
+    lab.grant(lab.two, "provideFeeds", channel=channel)
     waiter.join()
     assert answers[0].status == 403
 
 
-def test_feeds_do_not_cross_channels(lab: Lab, make_node: Callable[..., RunningNode]) -> None:
+def test_feeds_do_not_cross_channels(own_lab: Lab, make_node: Callable[..., RunningNode]) -> None:
     """What came through one channel is provided in that one only, by whoever has it when the owner has gone."""
-    lab.open_channel("other-data")
+    lab = own_lab
+    other = lab.open_channel()
     feed = create(lab.one)
     append(lab.one, feed, {"n": 0})
     assert len(follow(lab.two, feed, 1)) == 1
     assert lab.one.terminate() == 0
     three = make_node("three", env=lab.two.env).start()
-    lab.approve(three)
-    for channel in (CHANNEL, "other-data"):
-        lab.admin("PUT", f"/channels/{channel}/memberships/{lab.id(three)}", {})
-        lab.grant(three, "all", channel=channel)
-    wait_for_bands(three)
+    lab.approve(node_id(three))
+    for channel in (CHANNEL, other):
+        lab.join(three, channel)
+    lab.settle(three)
     # Both the hub's own node and `two` have it; the bucket shows it no more.
     path = f"{subfeed_folder(FeedId(feed), SubfeedHash(SUBFEED))}/subfeed.json"
     lab.admin("DELETE", f"/channels/{CHANNEL}/objects/{path}")
-    assert follow(three, feed, 1, seconds=5, channel="other-data") == []
+    assert follow(three, feed, 1, seconds=5, channel=other) == []
     assert follow(three, feed, 1, channel=CHANNEL) == [{"n": 0}]
 
 
-def test_a_received_feed_survives_the_database(lab: Lab) -> None:
+def test_a_received_feed_survives_the_database(own_lab: Lab) -> None:
     """The volume is the truth: after the database is gone and made anew, messages and their channel are there."""
+    lab = own_lab
     feed = create(lab.one)
     append(lab.one, feed, *({"n": n} for n in range(4)))
     before = follow(lab.two, feed, 4)

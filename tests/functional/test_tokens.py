@@ -119,7 +119,7 @@ def test_a_client_token_is_a_code_and_a_bearer(node: RunningNode) -> None:
 
 
 def test_an_expired_token(node: RunningNode) -> None:
-    body = {"user": "brief", "scopes": ["client"], "expiresAt": int(time.time() * 1000) + 1500}
+    body = {"user": "brief", "scopes": ["client"], "expiresAt": int(time.time() * 1000) + 5000}
     made = node.post("/api/admin/v1/tokens", body, auth=node.admin_token)
     assert made.status == 201
     secret = made.json()["token"]

@@ -177,7 +177,7 @@ def status(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1]) if answer else 0
 
 
-def wait_for(check: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_for(check: Callable[[], bool], seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until

@@ -181,8 +181,8 @@ def test_a_token_of_another_time_is_refused() -> None:
 
 @pytest.fixture
 def short_tokens(hub: Hub) -> Iterator[None]:
-    """Tokens that live 2 s."""
-    before, hub.node.band_tokens.lifetime_ms = hub.node.band_tokens.lifetime_ms, 2000
+    """Tokens that live 4 s."""
+    before, hub.node.band_tokens.lifetime_ms = hub.node.band_tokens.lifetime_ms, 4000
     yield
     hub.node.band_tokens.lifetime_ms = before
 
@@ -196,7 +196,7 @@ def test_a_token_expires(hub: Hub, channel: str, member: LabNode, wire: str) -> 
         one.expect(AUTH)
         assert one.publish(f"{channel}-requestFiles", request_file(member, SHA1))["action"] == ACK
         assert one.expect(DISCONNECTED)["error"]["code"] == 40142
-        assert 1.5 < time.monotonic() - begun < 3.5
+        assert 3.5 < time.monotonic() - begun < 30
         assert one.ended() == []
     with Wire(hub.port, token, wire) as one:
         assert one.expect(ERROR)["error"]["code"] == 40142

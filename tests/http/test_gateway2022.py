@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 
-from kachery_lab.core.ids import UserName
 from kachery_lab.core.roles import Role
 from kachery_lab.services.principals import OPERATOR
-from tests.gateway import CloudClient, browser_text, refused
+from tests.gateway import (
+    ZONE,
+    CloudClient,
+    announce,
+    ask,
+    browser_text,
+    finalization,
+    make_client,
+    make_writer,
+    ok,
+    refused,
+    store,
+)
 from tests.hubs import Hub, path_of, sha1_of
-from tests.servers import Answer
 
-ZONE = "lab"
 WINDOW = 15 * 60 * 1000
 
 
@@ -29,45 +38,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield running
 
 
-def make_client(hub: Hub, user: str, roles: Role = Role.NONE, zone: str = ZONE) -> CloudClient:
-    client = CloudClient()
-    hub.call(hub.node.clients.add(OPERATOR, client.id, UserName(user), "rig"))
-    if roles:
-        hub.call(hub.node.authorizations.grant(OPERATOR, zone, "user", user, roles))
-    return client
-
-
 @pytest.fixture
 def writer(hub: Hub) -> CloudClient:
-    """May upload and read in the private zone."""
-    return make_client(hub, "writer", Role.REQUEST_FILES | Role.PROVIDE_FILES)
+    return make_writer(hub)
 
 
 @pytest.fixture
 def data() -> bytes:
     return os.urandom(1000)
-
-
-def ask(hub: Hub, envelope: dict[str, Any]) -> Answer:
-    return hub.post("/api/gateway", envelope)
-
-
-def ok(answer: Answer) -> dict[str, Any]:
-    assert answer.status == 200, answer.body
-    found = answer.json()
-    assert isinstance(found, dict)
-    return found
-
-
-def store(hub: Hub, client: CloudClient, data: bytes, zone: str | None = ZONE) -> dict[str, Any]:
-    """The three requests of an upload; what was announced."""
-    announced = ok(ask(hub, client.file("initiateFileUpload", data, zone, size=len(data))))
-    assert announced["alreadyExists"] is False
-    assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
-    key = announced["objectKey"]
-    done = ok(ask(hub, client.file("finalizeFileUpload", data, zone, size=len(data), objectKey=key)))
-    assert done == {"type": "finalizeFileUpload"}
-    return announced
 
 
 def find(hub: Hub, client: CloudClient, data: bytes, zone: str | None = ZONE) -> dict[str, Any]:
@@ -88,7 +66,7 @@ def test_upload_find_read(hub: Hub, writer: CloudClient, data: bytes) -> None:
     assert hub.get(found["url"]).body == data
     head = hub.request("HEAD", found["url"])
     assert (head.status, head.headers["content-length"]) == (200, str(len(data)))
-    again = ok(ask(hub, writer.file("initiateFileUpload", data, ZONE, size=len(data))))
+    again = announce(hub, writer, data)
     assert again == {"type": "initiateFileUpload", "alreadyExists": True}
 
 
@@ -101,10 +79,10 @@ def test_the_zone_is_default_when_it_is_absent(hub: Hub, data: bytes) -> None:
 
 def test_finalize_without_zone(hub: Hub, writer: CloudClient, data: bytes) -> None:
     """figurl's upload code leaves it out; the object key says it."""
-    announced = ok(ask(hub, writer.file("initiateFileUpload", data, ZONE, size=len(data))))
+    announced = announce(hub, writer, data)
     assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
     key = announced["objectKey"]
-    ok(ask(hub, writer.file("finalizeFileUpload", data, size=len(data), objectKey=key)))
+    ok(ask(hub, finalization(writer, data, key, None)))
     assert find(hub, writer, data)["found"] is True
 
 
@@ -312,19 +290,19 @@ def test_a_hash_from_elsewhere_opens_nothing(hub: Hub, writer: CloudClient, data
     owner = make_client(hub, "boss")
     assert find(hub, owner, data, "open")["found"] is False
     other = make_client(hub, "other", Role.PROVIDE_FILES | Role.REQUEST_FILES, "open")
-    announced = ok(ask(hub, other.file("initiateFileUpload", data, "open", size=len(data))))
+    announced = announce(hub, other, data, "open")
     assert announced["alreadyExists"] is False
     key = announced["objectKey"]
-    done = ask(hub, other.file("finalizeFileUpload", data, "open", size=len(data), objectKey=key))
+    done = ask(hub, finalization(other, data, key, "open"))
     refused(done, 409)
     assert find(hub, other, data, "open")["found"] is False
     assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
-    assert ask(hub, other.file("finalizeFileUpload", data, "open", size=len(data), objectKey=key)).status == 200
+    assert ask(hub, finalization(other, data, key, "open")).status == 200
     assert find(hub, other, data, "open")["found"] is True
 
 
 def test_finalize_of_something_else(hub: Hub, writer: CloudClient, data: bytes) -> None:
-    announced = ok(ask(hub, writer.file("initiateFileUpload", data, ZONE, size=len(data))))
+    announced = announce(hub, writer, data)
     key = announced["objectKey"]
     assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
     for wrong, status in (
@@ -336,8 +314,8 @@ def test_finalize_of_something_else(hub: Hub, writer: CloudClient, data: bytes) 
         fields = {"size": len(data), "objectKey": key, **wrong}
         refused(ask(hub, writer.file("finalizeFileUpload", data, ZONE, **fields)), status)
     other = make_client(hub, "rival", Role.PROVIDE_FILES)
-    refused(ask(hub, other.file("finalizeFileUpload", data, ZONE, size=len(data), objectKey=key)), 409)
-    ok(ask(hub, writer.file("finalizeFileUpload", data, ZONE, size=len(data), objectKey=key)))
+    refused(ask(hub, finalization(other, data, key)), 409)
+    ok(ask(hub, finalization(writer, data, key)))
     assert hub.get(find(hub, writer, data)["url"]).body == data
 
 
@@ -351,7 +329,7 @@ def test_a_repeat_gets_the_same_answer_and_has_no_effect(hub: Hub, writer: Cloud
     assert ok(ask(hub, initiate)) == first
     assert hub.request("PUT", first["signedUploadUrl"], data).status == 200
     key = first["objectKey"]
-    finalize = writer.file("finalizeFileUpload", data, ZONE, size=len(data), objectKey=key)
+    finalize = finalization(writer, data, key)
     assert ok(ask(hub, finalize)) == ok(ask(hub, finalize))
     delete = owner.file("deleteFile", data, ZONE)
     assert ok(ask(hub, delete))["success"] is True

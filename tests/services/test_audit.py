@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,14 +108,13 @@ def test_old_entries_go_by_themselves(tmp_path: Path, monkeypatch: pytest.Monkey
         statement = update(models.audit).values(at=1)
         await node.database.write(lambda conn: conn.execute(statement).rowcount)
 
-    async def look(node: Node) -> int:
-        for _ in range(50):
-            if not await node.audit.list(None, 9):
-                break
-            await asyncio.sleep(0.1)
+    async def look(node: Node, seconds: float) -> int:
+        until = time.monotonic() + seconds
+        while await node.audit.list(None, 9) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
         return len(await node.audit.list(None, 9))
 
     run_on(tmp_path, write)
-    assert run_on(tmp_path, look) == 1
+    assert run_on(tmp_path, partial(look, seconds=1)) == 1
     monkeypatch.setattr("kachery_lab.services.clock.STEADY_SECONDS", 0.2)
-    assert run_on(tmp_path, look) == 0
+    assert run_on(tmp_path, partial(look, seconds=60)) == 0

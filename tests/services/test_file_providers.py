@@ -51,6 +51,7 @@ class Shelf:
         self.puts: list[str] = []
         self.running = self.most = 0
         self.seconds = 0.0
+        self.gate: asyncio.Event | None = None
         self.fails: Exception | None = None
 
     async def terms(self, channel: str, asker: NodeId) -> Terms | None:
@@ -64,6 +65,8 @@ class Shelf:
         self.most = max(self.most, self.running)
         try:
             await asyncio.sleep(self.seconds)
+            if self.gate is not None:
+                await self.gate.wait()
             if self.fails is not None:
                 raise self.fails
             self.puts.append(key.sha1)
@@ -102,6 +105,12 @@ class World:
         """Until nothing is being worked on."""
         while self.providers._jobs:
             await asyncio.sleep(0.005)
+
+    async def running(self, count: int) -> None:
+        """Until so many uploads run. Raises TimeoutError."""
+        async with asyncio.timeout(60):
+            while self.shelf.running < count:
+                await asyncio.sleep(0.005)
 
     async def ask(self, key: FileKey | Sha1, **more: Any) -> list[str]:
         """Statuses that one request brings."""
@@ -294,11 +303,12 @@ def test_a_failed_upload_is_silence_and_tried_again_when_asked_again(tmp_path: P
 def test_terms_that_end_while_it_waits_end_the_upload(tmp_path: Path) -> None:
     async def work(world: World) -> None:
         names = [await world.store(b"file %d" % number) for number in range(20)]
-        world.shelf.seconds = 0.2
+        world.shelf.gate = asyncio.Event()
         for sha1 in names:
             await world.request(sha1)
-        await asyncio.sleep(0.1)
+        await world.running(file_providers.UPLOADS_PER_PEER)
         world.shelf.terms_now = None
+        world.shelf.gate.set()
         await world.idle()
         assert len(world.shelf.puts) <= file_providers.UPLOADS_PER_PEER
 
@@ -308,14 +318,16 @@ def test_terms_that_end_while_it_waits_end_the_upload(tmp_path: Path) -> None:
 def test_no_peer_takes_every_slot(tmp_path: Path) -> None:
     async def work(world: World) -> None:
         names = [await world.store(b"file %d" % number) for number in range(30)]
-        world.shelf.seconds = 0.15
+        world.shelf.gate = asyncio.Event()
         for sha1 in names[:29]:
             await world.request(sha1, sender=NODE)
+        await world.running(file_providers.UPLOADS_PER_PEER)
+        # Time for one more, which must not come.
         await asyncio.sleep(0.1)
         assert world.shelf.running == file_providers.UPLOADS_PER_PEER
         await world.request(names[29], sender=OTHER)
-        await asyncio.sleep(0.05)
-        assert world.shelf.running == file_providers.UPLOADS_AT_ONCE
+        await world.running(file_providers.UPLOADS_AT_ONCE)
+        world.shelf.gate.set()
         await world.idle()
         assert world.shelf.most == file_providers.UPLOADS_AT_ONCE
         assert sorted(world.shelf.puts) == sorted(names)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 
 from kachery_lab.core.ids import ChunkOf, FileKey, NodeId, Sha1
 from kachery_lab.core.roles import Role
 from kachery_lab.errors import Forbidden, NotFound, Unavailable
+from kachery_lab.services import file_requests
 from kachery_lab.services.bands import BandHandlers, BandMessage
 from kachery_lab.services.file_requests import FileRequests
 from tests.services.opened import NODE, OTHER
+from tests.services.virtual_time import VirtualLoop
 
 T = TypeVar("T")
 
@@ -63,13 +67,16 @@ class World:
 
 def in_world(work: Callable[[World], Awaitable[T]]) -> T:
     async def run() -> T:
+        clock = SimpleNamespace(monotonic=asyncio.get_running_loop().time)
         world = World()
         try:
-            return await work(world)
+            with mock.patch.object(file_requests, "time", clock):
+                return await work(world)
         finally:
             await world.requests.close()
 
-    return asyncio.run(run())
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(run())
 
 
 async def seconds(task: asyncio.Task[Any]) -> float:

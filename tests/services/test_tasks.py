@@ -16,6 +16,7 @@ from kachery_lab.core.roles import Role
 from kachery_lab.core.tasks import TaskKind, result_path, task_hash
 from kachery_lab.errors import Conflict, Forbidden, NotFound, RequestIdReused, TooLarge
 from kachery_lab.node import Node
+from kachery_lab.services.bands import wanted
 from kachery_lab.services.principals import OPERATOR, Principal, local
 from kachery_lab.services.subjects import Subject
 from kachery_lab.services.task_registrations import AT_ONCE, Assignment, OfferedFunction
@@ -41,7 +42,18 @@ class World:
         for one in (node.identity.node_id, older):
             await node.authorizations.join(OPERATOR, CHANNEL, one)
             await node.authorizations.grant(OPERATOR, CHANNEL, "node", one, Role.ALL)
-        await asyncio.sleep(0.7)
+        await self.listening()
+
+    async def listening(self) -> None:
+        """Until both nodes have their roles on the bands, and this one hears what these let it hear."""
+        node, bands = self.node, self.node.own_bands
+        both = (node.identity.node_id, NodeId(OLDER.public_hex))
+        async with asyncio.timeout(60):
+            while any(node.hub_bands.roles(one).get(CHANNEL) != Role.ALL for one in both):
+                await asyncio.sleep(0.01)
+            topics = set(wanted(bands.channels(), node.band_handlers))
+            while bands._connection is None or not topics <= bands._connection.wanted:
+                await asyncio.sleep(0.01)
 
     async def ask(self, kind: TaskKind = "query", wait_ms: float = 0, **more: Any) -> TaskOutcome:
         backend_id, kwargs = more.pop("backend_id", None), more.pop("kwargs", {"x": 1})

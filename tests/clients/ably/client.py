@@ -107,7 +107,7 @@ class AblyClient:
             self._process.stdin.flush()
             return self._number
 
-    def call(self, do: str, *, seconds: float = 20.0, **fields: Any) -> Any:
+    def call(self, do: str, *, seconds: float = 60.0, **fields: Any) -> Any:
         """A command of `client.mjs`, and its value. Raises Refused."""
         number = self._say(do=do, **fields)
         with self._changed:
@@ -117,7 +117,7 @@ class AblyClient:
             raise Refused(answer["error"])
         return answer["value"]
 
-    def wait(self, *, seconds: float = 20.0, after: int = 0, **wanted: Any) -> dict[str, Any]:
+    def wait(self, *, seconds: float = 60.0, after: int = 0, **wanted: Any) -> dict[str, Any]:
         """The first event with these members, of those from number `after` on."""
 
         def found() -> dict[str, Any] | None:
