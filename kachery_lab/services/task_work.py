@@ -21,6 +21,7 @@ from kachery_lab.core.tasks import FINAL, TaskRequest, TaskStatus, parse_status,
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import task_reports
 from kachery_lab.errors import Conflict, KacheryLabError, Unavailable
+from kachery_lab.observability.logging import redact_text
 from kachery_lab.services.hub_tasks import TaskHub, TaskHubs
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.task_leases import LeaseReport
@@ -248,10 +249,11 @@ class TaskWork:
         """A backend reports a status: the hub is told of a final one, and it is published.
 
         Raises Forbidden, NotFound, Conflict (the task is another backend's meanwhile), Unavailable. A final status that
-        a remote hub cannot be told now is kept, durably, and told later.
+        a remote hub cannot be told now is kept, durably, and told later. Secrets in `message` are cut out.
         """
         hub = await self._hubs.find(channel)
-        text = None if message is None else shorten_error(message)
+        # kachery-client puts the address of an upload that failed into its message, with the ticket.
+        text = None if message is None else shorten_error(redact_text(message))
         held = self._here(hub, channel, task_id)
         if held is None:
             await hub.tasks.authorize(channel, Role.PROVIDE_TASKS, principal)

@@ -120,6 +120,19 @@ def test_there_and_back(tmp_path: Path, kind: TaskKind) -> None:
     on_node(tmp_path, work)
 
 
+def test_s3_an_error_names_no_ticket(tmp_path: Path) -> None:
+    async def work(world: World) -> None:
+        asked = await world.ask("action")
+        await world.poll("action")
+        said = "HTTPError: 503 for url: http://hub.lab/bucket/upload/eyJjaGFubmVs.c2VjcmV0"
+        await world.node.task_work.update(CHANNEL, asked.task_id, "error", said, LAB)
+        found = await world.node.tasks.wait(CHANNEL, asked.task_id, LAB, wait_ms=10_000)
+        assert (found.error or "").startswith("HTTPError: 503 for url: http://hub.lab/bucket/upload/")
+        assert "eyJ" not in (found.error or "")
+
+    on_node(tmp_path, work)
+
+
 def test_intermediate_statuses_are_told(tmp_path: Path) -> None:
     async def work(world: World) -> None:
         asked = await world.ask("action")
