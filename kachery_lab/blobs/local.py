@@ -57,7 +57,18 @@ class Draft:
         """Make the bytes, trusted to have this SHA-1, a blob that survives a power cut. (Whether it is new, what lies
         there now.) Raises Collision when other bytes with this SHA-1 are stored; they stay."""
         try:
-            os.fsync(self._fd)
+            self.flush()
+            return self.place(sha1)
+        finally:
+            self.discard()
+
+    def flush(self) -> None:
+        """The bytes are on the disk on return; they have no name yet."""
+        os.fsync(self._fd)
+
+    def place(self, sha1: Sha1) -> tuple[bool, Fingerprint]:
+        """The rest of `commit`, for flushed bytes."""
+        try:
             new, fingerprint = self._store.place(self._fd, self._path, sha1)
             if new:
                 self._path = ""
@@ -284,7 +295,7 @@ class LocalBlobStore:
 
     async def stat(self, sha1: Sha1) -> BlobStat | None:
         try:
-            found = await self.disk.run(os.stat, self.layout.blob(sha1), follow_symlinks=False)
+            found = await self.disk.run_short(os.lstat, self.layout.blob(sha1))
         except NotFound:
             return None
         return BlobStat(sha1, found.st_size) if S_ISREG(found.st_mode) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from kachery_lab.blobs.base import PIECE, BlobStore
@@ -97,15 +97,60 @@ async def pieces(stream: AsyncIterable[bytes | bytearray], size: int = PIECE) ->
         yield piece
 
 
-async def receive(store: LocalBlobStore, stream: AsyncIterable[bytes | bytearray], claim: Claim) -> Received:
-    """Store what arrives. Raises ContentMismatch when it does not fit the claim, TooLarge over the limit, Collision,
-    StorageFull, Unavailable, and whatever `stream` raises; then nothing is left behind."""
+async def receive(
+    store: LocalBlobStore,
+    stream: AsyncIterable[bytes | bytearray],
+    claim: Claim,
+    before: Callable[[], Awaitable[None]] | None = None,
+) -> Received:
+    """Store what arrives; `before` is awaited before it gets its name. Raises ContentMismatch when it does not fit the
+    claim, TooLarge over the limit, Collision, StorageFull, Unavailable, and whatever `stream` and `before` raise; then
+    nothing is left behind."""
     source = pieces(stream)
     first = await anext(source, None) or bytearray()
     if len(first) < PIECE:
         _check_limit(claim, len(first))
+        if before is not None:
+            return await _receive_small(store, first, claim, before)
         return await store.disk.run(store_bytes, store, first, claim)
+    if before is not None:
+        await before()
     return await _receive_large(store, first, source, claim)
+
+
+async def _receive_small(
+    store: LocalBlobStore, data: bytes | bytearray, claim: Claim, before: Callable[[], Awaitable[None]]
+) -> Received:
+    """`before` takes its time while the bytes are written."""
+    preparing = asyncio.ensure_future(before())
+    try:
+        hasher, draft = await store.disk.run(_flushed, store, data, claim)
+        try:
+            await preparing
+            new, fingerprint = await store.disk.run(draft.place, hasher.sha1())
+        except BaseException:
+            await asyncio.shield(store.disk.run(draft.discard))
+            raise
+    except BaseException:
+        preparing.cancel()
+        await asyncio.wait([preparing])
+        preparing.cancelled() or preparing.exception()
+        raise
+    return _received(hasher, new, fingerprint)
+
+
+def _flushed(store: LocalBlobStore, data: bytes | bytearray, claim: Claim) -> tuple[StreamHasher, Draft]:
+    hasher = _hasher(len(data))
+    hasher.update(data)
+    _check(claim, hasher.sha1(), len(data))
+    draft = store.draft()
+    try:
+        draft.write(data)
+        draft.flush()
+    except BaseException:
+        draft.discard()
+        raise
+    return hasher, draft
 
 
 async def _receive_large(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,8 @@ class JsonBudget:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
-    @asynccontextmanager
-    async def share(self) -> AsyncIterator[_Share]:
+    @contextmanager
+    def share(self) -> Iterator[_Share]:
         """A place in the queue; what it holds is given back at the end, whatever happens."""
         mine = _Share()
         self._shares[mine] = None
@@ -111,33 +111,37 @@ async def json_body(
     A declared length over the limit is TooLarge before anything is read (and before `100 Continue`); a chunked body is
     counted while it comes. Raises InvalidJson, TooLarge, Unavailable, or ClientDisconnect for a body that was cut off.
     """
-    limit = min(max_bytes, budget.largest)
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if declared.isdigit() and (len(declared) > 20 or int(declared) > limit):
-        raise _too_large(limit, budget)
-    async with budget.share() as share:
-        pieces: list[bytes] = []
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ClientDisconnect()
-            piece: bytes = message.get("body", b"")
-            more = message.get("more_body", False)
-            if share.size + len(piece) > limit:
-                raise _too_large(limit, budget)
-            if piece:
-                await budget.grow(share, len(piece))
-                pieces.append(piece)
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        yield await budget.decode(data)
+    with budget.share() as share:
+        yield await _decoded(scope, receive, budget, share, max_bytes)
 
 
 async def read_json(scope: Scope, receive: Receive, budget: JsonBudget, *, max_bytes: int = 100_000_000) -> object:
     """Like `json_body`, for handlers whose work with the value is short: the budget is given back on return."""
-    async with json_body(scope, receive, budget, max_bytes=max_bytes) as value:
-        return value
+    with budget.share() as share:
+        return await _decoded(scope, receive, budget, share, max_bytes)
+
+
+async def _decoded(scope: Scope, receive: Receive, budget: JsonBudget, share: _Share, max_bytes: int) -> object:
+    limit = min(max_bytes, budget.largest)
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    if declared.isdigit() and (len(declared) > 20 or int(declared) > limit):
+        raise _too_large(limit, budget)
+    pieces: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect()
+        piece: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        if share.size + len(piece) > limit:
+            raise _too_large(limit, budget)
+        if piece:
+            await budget.grow(share, len(piece))
+            pieces.append(piece)
+    data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    pieces.clear()
+    return await budget.decode(data)
 
 
 def _too_large(limit: int, budget: JsonBudget) -> TooLarge:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,9 @@ from kachery_lab.db.engine import Database
 from kachery_lab.db.models import blobs
 from kachery_lab.errors import LinkChanged, NotFound, Quarantined, StorageFull, Unavailable
 from kachery_lab.services import blob_index
+from kachery_lab.services.content import Content
 from kachery_lab.services.links import LinkService
+from kachery_lab.services.locks import KeyLocks
 from kachery_lab.services.origins import LOCAL, OriginService
 from kachery_lab.services.principals import Principal
 from kachery_lab.services.shares import Shares
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
 
 FOUND = Principal("operator", "found on the volume")
 SMALL = 1 << 20
+"""Blobs up to this many bytes are hashed on every read."""
 MAX_UPLOADS = 200
+"""Stores that one caller may have under way, where no setting says otherwise."""
 LOOK_BYTES = 64 << 20
 """How much arrives between two looks at what is free."""
-"""Blobs up to this many bytes are hashed on every read."""
-READ_PIECE = 2 << 20
 _KNOWN = 100_000
 
 
@@ -50,41 +51,6 @@ class StoredBlob:
     size: int
     manifest_sha1: Sha1 | None
     new: bool
-
-
-class Content:
-    """Verified bytes that may be served: in memory when small, else an open file whose fingerprint is trusted."""
-
-    __slots__ = ("_disk", "data", "file", "size")
-
-    def __init__(self, store: LocalBlobStore, data: bytes | None, file: OpenFile | None) -> None:
-        self._disk = store.disk
-        self.data = data
-        self.file = file
-        self.size = len(data) if data is not None else file.fingerprint.size if file is not None else 0
-
-    async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
-        """Bytes `start` to `end` (exclusive), which must lie inside. Raises Unavailable when the file fails or changes
-        while it is read; the last piece is held back until it is known that it did not."""
-        if self.data is not None:
-            yield self.data[start:end]
-            return
-        assert self.file is not None
-        while start < end:
-            length = min(READ_PIECE, end - start)
-            yield await self._disk.run(self._piece, start, length, start + length == end)
-            start += length
-
-    def _piece(self, offset: int, length: int, last: bool) -> bytes:
-        assert self.file is not None
-        data = self.file.read(offset, length)
-        if last and not self.file.unchanged():
-            raise Unavailable("the file changed while it was read")
-        return data
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
 
 
 def _does_not_fit(size: int) -> StorageFull:
@@ -112,7 +78,7 @@ class BlobService:
         self.resources: ResourceService | None = None
         # What is known to be indexed, with the fingerprint of the last verification: saves a query for each read.
         self._known: OrderedDict[str, Fingerprint | None] = OrderedDict()
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._locks: KeyLocks[str] = KeyLocks()  # one commit or deletion of a name at a time
         # Counts deletions: when it has not moved, what was found on the volume cannot have been deleted meanwhile.
         self._deletions = 0
 
@@ -124,10 +90,11 @@ class BlobService:
         claim: Claim,
         principal: Principal,
         also: Callable[[Connection, int], None] | None = None,
+        before: Callable[[], Awaitable[None]] | None = None,
     ) -> StoredBlob:
-        """Store a stream, durable on return, its manifest too; `also` gets the size in the commit of the index row.
-        Raises what `receive` and `also` raise, StorageFull, and TooManyRequests for a caller with too many under way;
-        nothing is left when it is not `also`."""
+        """Store a stream, durable on return, its manifest too; `also` gets the size in the commit of the index row, and
+        `before` is awaited before the blob gets its name. Raises what `receive` and `also` raise, StorageFull, and
+        TooManyRequests for a caller with too many under way; nothing is left when it is not `also`."""
         room = None
         if claim.size is not None and (claim.size > SMALL or self._min_free):
             room = await self._room()
@@ -136,7 +103,7 @@ class BlobService:
         with self._uploads.take(principal.share, claim.size or 0, room):
             since = self._deletions
             guarded = self._leaving_room(stream) if self._min_free else stream
-            received = await receive(self.store_on_volume, guarded, claim)
+            received = await receive(self.store_on_volume, guarded, claim, before)
         return await self._index(received, principal, since, also)
 
     async def _room(self) -> int:
@@ -215,7 +182,7 @@ class BlobService:
             if also is not None:
                 also(conn, row["size"])
 
-        async with self._lock(sha1):
+        async with self._locks.hold(sha1):
             if self._deletions != since:
                 path = self.store_on_volume.layout.blob(sha1)
                 if not await self.store_on_volume.disk.run(present, path):
@@ -324,6 +291,11 @@ class BlobService:
             raise LinkChanged("the linked file changed while it was read", hint="Link or store it again")
         return Content(self.store_on_volume, data, None)
 
+    def is_known(self, sha1: Sha1) -> bool:
+        """Whether a blob was stored or verified by this process and not deleted since, which costs no look at the
+        volume. False says nothing."""
+        return sha1 in self._known
+
     async def stat(self, sha1: Sha1) -> int:
         """Size in bytes of what `open` would give, by the same rules and errors."""
         content = await self.open(sha1)
@@ -377,7 +349,7 @@ class BlobService:
     async def delete(self, sha1: Sha1) -> None:
         """Take a blob, or a link, away: the row first, then the file into the trash, durably. Raises NotFound,
         Unavailable."""
-        async with self._lock(sha1):
+        async with self._locks.hold(sha1):
 
             def forget(conn: Connection) -> int:
                 rows = conn.execute(delete(blobs).where(blobs.c.sha1 == sha1)).rowcount
@@ -393,21 +365,6 @@ class BlobService:
             raise NotFound(f"there is no file with the SHA-1 {sha1} here")
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _lock(self, sha1: str) -> AsyncIterator[None]:
-        """One commit or deletion of a name at a time; locks exist only while somebody wants them."""
-        lock, users = self._locks.get(sha1, (asyncio.Lock(), 0))
-        self._locks[sha1] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks[sha1]
-            if users == 1:
-                del self._locks[sha1]
-            else:
-                self._locks[sha1] = (lock, users - 1)
 
     def _remember(self, sha1: str, fingerprint: Fingerprint | None) -> None:
         self._known[sha1] = fingerprint

@@ -7,17 +7,18 @@ somebody asks: `subfeed.json`, single messages as the older nodes read them, and
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection
 
 from kachery_lab.core.feeds import ChainRefused, Checkpoint, ReceivedMessage, parse_signed_message
 from kachery_lab.core.ids import FeedId, NodeId, SubfeedHash, parse_fields
-from kachery_lab.core.objects import ObjectPath
+from kachery_lab.core.objects import ObjectPath, subfeed_folder
 from kachery_lab.errors import Conflict, ContentMismatch, InvalidInput
 from kachery_lab.services import received_index
 from kachery_lab.services.access_data import AccessData
-from kachery_lab.services.quotas import channel_bytes
+from kachery_lab.services.quotas import Charge, Quotas, channel_bytes
 from kachery_lab.services.received_feeds import ReceivedFeeds, Room
 from kachery_lab.services.received_index import Place
 from kachery_lab.services.watches import Span, Watch, WatchService
@@ -33,6 +34,7 @@ class BucketFeeds:
         self._feeds = feeds
         self._watches = watches
         self._hub_id = hub_id
+        self.quotas = Quotas(data, self.shown_bytes)
 
     def origin(self, channel: str) -> str:
         """A channel's identity, the same at every node."""
@@ -70,9 +72,11 @@ class BucketFeeds:
 
     # -- adding --------------------------------------------------------------------------------------------------
 
-    def room(self, channel: str) -> Room:
-        """The limit of a channel, for `ReceivedFeeds`."""
-        return Room(self._data.channel(channel).max_bytes, lambda conn: self.used(conn, channel))
+    def room(self, channel: str, feed_id: FeedId, subfeed_hash: SubfeedHash) -> Room:
+        """Room for more of a subfeed, for `ReceivedFeeds`; nobody but the channel has a limit for it."""
+        charge = Charge(channel, subfeed_folder(feed_id, subfeed_hash), "", 0, 0)
+        limited, hold = self.quotas.limits(charge), self.quotas.hold()
+        return Room(limited, lambda conn, size: hold.take(conn, replace(charge, size=size)), hold.release)
 
     async def put(self, channel: str, path: ObjectPath, value: Any) -> None:
         """Take in an uploaded document; the same again is no error. Raises ContentMismatch for what the feed's key did
@@ -86,7 +90,7 @@ class BucketFeeds:
             messages, checkpoint = _messages(path, value)
             if [m.position for m in messages] != list(range(path.position, path.end or path.position + 1)):
                 raise ContentMismatch("the messages are not those that the path names")
-            room = self.room(channel)
+            room = self.room(channel, path.feed_id, path.subfeed_hash)
             await self._feeds.take(
                 path.feed_id, path.subfeed_hash, self.origin(channel), messages, checkpoint=checkpoint, show=room
             )
@@ -108,7 +112,8 @@ class BucketFeeds:
 
     async def show(self, channel: str, feed_id: FeedId, subfeed_hash: SubfeedHash, count: int) -> None:
         """Provide the first `count` messages, which are here. Raises StorageFull."""
-        await self._feeds.show(feed_id, subfeed_hash, self.origin(channel), count, self.room(channel))
+        room = self.room(channel, feed_id, subfeed_hash)
+        await self._feeds.show(feed_id, subfeed_hash, self.origin(channel), count, room)
 
     # -- removing ------------------------------------------------------------------------------------------------
 

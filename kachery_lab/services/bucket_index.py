@@ -5,15 +5,60 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, and_, bindparam, delete, func, select, update
+from sqlalchemy.dialects.sqlite import Insert, insert
 
 from kachery_lab.core.ids import Sha1
 from kachery_lab.core.objects import ObjectPath
 from kachery_lab.db.models import bucket_objects, bucket_totals, channels, tombstones
+from kachery_lab.db.prepared import Prepared
 from kachery_lab.services.quotas import add_total
 
 _REMEMBERED = ("sha1", "size", "label", "principal", "stored_at")
+_CONTENT = (*_REMEMBERED, "on_demand")
+
+
+def _make_upsert() -> Insert:
+    statement = insert(bucket_objects)
+    key = [bucket_objects.c.channel, bucket_objects.c.path]
+    return statement.on_conflict_do_update(
+        index_elements=key, set_={name: statement.excluded[name] for name in _CONTENT}
+    )
+
+
+# Made once: making a statement takes longer than running it.
+_UPSERT = Prepared(_make_upsert())
+_AT = Prepared(
+    select(bucket_objects).where(
+        bucket_objects.c.channel == bindparam("channel"), bucket_objects.c.path == bindparam("path")
+    )
+)
+_TOMBSTONE_AT = select(tombstones).where(
+    tombstones.c.channel == bindparam("channel"), tombstones.c.path == bindparam("path")
+)
+_END_TOMBSTONE = delete(tombstones).where(
+    tombstones.c.channel == bindparam("channel"), tombstones.c.path == bindparam("path")
+)
+_STATE = Prepared(
+    select(
+        bucket_objects.c.sha1,
+        bucket_objects.c.size,
+        bucket_objects.c.principal,
+        bucket_objects.c.on_demand,
+        tombstones.c.path.label("tombstone"),
+    )
+    .select_from(channels)
+    .outerjoin(
+        bucket_objects,
+        and_(bucket_objects.c.channel == channels.c.name, bucket_objects.c.path == bindparam("path")),
+    )
+    .outerjoin(
+        tombstones,
+        and_(tombstones.c.channel == channels.c.name, tombstones.c.path == bindparam("path")),
+    )
+    .where(channels.c.name == bindparam("channel"))
+)
+"""What lies at a path of a channel, NULLs when nothing does; no row without the channel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +78,7 @@ class Reference:
 def reference(row: Any) -> Reference:
     """A row of bucket_objects."""
     return Reference(
-        row.channel, row.path, Sha1(row.sha1), row.size, row.label, row.principal, row.stored_at, row.on_demand
+        row.channel, row.path, Sha1(row.sha1), row.size, row.label, row.principal, row.stored_at, bool(row.on_demand)
     )
 
 
@@ -42,19 +87,19 @@ def deleted_reference(row: Any) -> Reference:
     return Reference(row.channel, row.path, Sha1(row.sha1), row.size, row.label, row.principal, row.stored_at, False)
 
 
-def one(channel: str, path: str) -> Any:
-    """The row at a path."""
-    return select(bucket_objects).where(bucket_objects.c.channel == channel, bucket_objects.c.path == path)
+def at(conn: Connection, channel: str, path: str) -> Any:
+    """The row at a path, or None."""
+    return _AT(conn, {"channel": channel, "path": path}).one_or_none()
 
 
-def tombstone(channel: str, path: str) -> Any:
-    """The tombstone at a path."""
-    return select(tombstones).where(tombstones.c.channel == channel, tombstones.c.path == path)
+def tombstone_at(conn: Connection, channel: str, path: str) -> Any:
+    """The tombstone at a path, or None."""
+    return conn.execute(_TOMBSTONE_AT, {"channel": channel, "path": path}).one_or_none()
 
 
 def is_deleted(conn: Connection, channel: str, path: str) -> bool:
     """Whether a tombstone lies at a path."""
-    return conn.execute(tombstone(channel, path)).first() is not None
+    return tombstone_at(conn, channel, path) is not None
 
 
 def has_old_deletions(conn: Connection, record: dict[str, Any]) -> bool:
@@ -78,43 +123,38 @@ def is_kept(known: Any, sha1: str, on_demand: bool) -> bool:
     return known.sha1 == sha1 and (on_demand or not known.on_demand)
 
 
-def apply_reference(conn: Connection, record: dict[str, Any]) -> bool:
-    """Index one `reference` record. False for a channel that is gone, where an object that never changes lies, and for
-    an on-demand one of what was deleted."""
-    if conn.execute(select(channels.c.name).where(channels.c.name == record["channel"])).first() is None:
-        return False
-    known = conn.execute(one(record["channel"], record["path"])).one_or_none()
+def refer(conn: Connection, record: dict[str, Any]) -> bool | None:
+    """Index one `reference` record; whether it is new or changed what was there. None for a channel that is gone, where
+    an object that never changes lies, and for an on-demand one of what was deleted."""
+    place = {"channel": record["channel"], "path": record["path"]}
+    state = _STATE(conn, place).one_or_none()
+    if state is None:
+        return None
+    known = None if state.sha1 is None else state
     if known is not None and known.sha1 != record["sha1"] and ObjectPath.parse(record["path"]).immutable:
-        return False
+        return None
     if known is not None and (record["onDemand"] or is_kept(known, record["sha1"], False)):
-        return True
-    if record["onDemand"] and is_deleted(conn, record["channel"], record["path"]):
         return False
+    if record["onDemand"] and state.tombstone is not None:
+        return None
     if known is not None:
-        add_total(conn, known.channel, known.principal, -1, -known.size)
+        add_total(conn, record["channel"], known.principal, -1, -known.size)
     add_total(conn, record["channel"], record["principal"], 1, record["size"])
-    row = {
-        "sha1": record["sha1"],
-        "size": record["size"],
-        "label": record["label"],
-        "principal": record["principal"],
-        "stored_at": record["at"],
-        "on_demand": record["onDemand"],
-    }
-    statement = insert(bucket_objects).values(channel=record["channel"], path=record["path"], **row)
-    conn.execute(
-        statement.on_conflict_do_update(index_elements=[bucket_objects.c.channel, bucket_objects.c.path], set_=row)
-    )
-    if not record["onDemand"]:
-        conn.execute(
-            delete(tombstones).where(tombstones.c.channel == record["channel"], tombstones.c.path == record["path"])
-        )
+    row = {name: record[name] for name in ("sha1", "size", "label", "principal")}
+    _UPSERT(conn, {**place, **row, "stored_at": record["at"], "on_demand": record["onDemand"]})
+    if not record["onDemand"] and state.tombstone is not None:
+        conn.execute(_END_TOMBSTONE, place)
     return True
+
+
+def apply_reference(conn: Connection, record: dict[str, Any]) -> bool:
+    """As `refer`, for replays; whether what it refers to is there now."""
+    return refer(conn, record) is not None
 
 
 def apply_delete(conn: Connection, record: dict[str, Any]) -> bool:
     """Index one `referenceDelete` record. The tombstone remembers what was there."""
-    known = conn.execute(one(record["channel"], record["path"])).one_or_none()
+    known = at(conn, record["channel"], record["path"])
     if known is None:
         return False
     conn.execute(
@@ -133,7 +173,7 @@ def apply_delete(conn: Connection, record: dict[str, Any]) -> bool:
 
 def apply_restore(conn: Connection, record: dict[str, Any]) -> bool:
     """Index one `referenceRestore` record."""
-    known = conn.execute(tombstone(record["channel"], record["path"])).one_or_none()
+    known = tombstone_at(conn, record["channel"], record["path"])
     if known is None or known.sha1 is None:
         return False
     again = {name: getattr(known, name) for name in ("channel", "path", *_REMEMBERED)}

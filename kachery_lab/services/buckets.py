@@ -17,11 +17,12 @@ from kachery_lab.db.models import bucket_objects, tombstones
 from kachery_lab.errors import Conflict, NotFound
 from kachery_lab.services import bucket_index
 from kachery_lab.services.access_data import AccessData
-from kachery_lab.services.blobs import BlobService, Content
+from kachery_lab.services.blobs import BlobService
 from kachery_lab.services.bucket_feeds import FEED_KINDS, BucketFeeds
 from kachery_lab.services.bucket_index import Reference as Reference
+from kachery_lab.services.content import Content
 from kachery_lab.services.logs import LogWriter, to_line
-from kachery_lab.services.quotas import Charge, Quotas
+from kachery_lab.services.quotas import Charge, Hold
 from kachery_lab.services.subjects import RoleService, Subject
 from kachery_lab.services.usage import count_upload
 
@@ -47,7 +48,7 @@ class BucketService:
         self._database = database
         self._log = log
         self._blobs = blobs
-        self.quotas = Quotas(data, feeds.shown_bytes)
+        self.quotas = feeds.quotas
         # References that were looked up lately: all changes go through here, so what is kept is what the index has.
         self._known: OrderedDict[tuple[str, str], Reference] = OrderedDict()
         self._changes = 0
@@ -76,7 +77,7 @@ class BucketService:
         if known is not None and not self._uncertain:
             return known
         since = self._changes
-        row = await self._database.read(lambda conn: conn.execute(bucket_index.one(channel, path)).one_or_none())
+        row = await self._database.read(lambda conn: bucket_index.at(conn, channel, path))
         if row is None:
             return None
         found = bucket_index.reference(row)
@@ -91,13 +92,15 @@ class BucketService:
         self._changes += 1
         self._known.clear()
 
-    async def _change(self, record: dict[str, Any], commit: Callable[[Connection], T]) -> T:
-        """Append one record and index it. What was known of its object, or of all when it names none, is forgotten
-        before and after: a look-up in between sees the one or the other, and nobody keeps the older."""
+    async def _change(self, record: dict[str, Any], commit: Callable[[Connection], T], hold: Hold | None = None) -> T:
+        """Append one record and index it; then `hold` is released, whoever still waits.
+
+        What was known of its object, or of all when it names none, is forgotten before and after: a look-up in between
+        sees the one or the other, and nobody keeps the older."""
         key = (record.get("channel", ""), record.get("path", ""))
         try:
             self._changes += 1
-            return await self._log.append([to_line(record)], commit)
+            return await self._log.append([to_line(record)], commit, None if hold is None else hold.release)
         except BaseException:
             self._uncertain = True
             raise
@@ -183,43 +186,50 @@ class BucketService:
             "at": int(time.time() * 1000),
             "onDemand": on_demand,
         }
-        charge = Charge(channel, path.text, str(owner), size)
+        charge, hold = Charge(channel, path.text, str(owner), size), self.quotas.hold()
 
         def check(conn: Connection) -> bool:
-            known = conn.execute(bucket_index.one(channel, path.text)).one_or_none()
+            known = bucket_index.at(conn, channel, path.text)
             if known is not None and known.sha1 != sha1 and path.immutable:
                 raise Conflict(f"another object lies at {path.text} already; it stays")
-            if (
-                on_demand
-                and known is None
-                and conn.execute(bucket_index.tombstone(channel, path.text)).first() is not None
-            ):
+            if on_demand and known is None and bucket_index.is_deleted(conn, channel, path.text):
                 raise _deleted()
-            if known is None and not reserved:
-                self.quotas.require(conn, charge)
-            return known is None or not bucket_index.is_kept(known, sha1, on_demand)
+            new = known is None or not bucket_index.is_kept(known, sha1, on_demand)
+            if new and not reserved:
+                hold.take(conn, charge, None if known is None else _charge_of(known))
+            return new
 
         # Looked at before the log is written, so that a refusal leaves no record. A file whose room is held cannot be
         # refused: its path names its content.
-        if not (reserved and path.kind == "file" and not on_demand) and not await self._database.read(check):
+        if not (reserved and path.kind == "file" and not on_demand) and not await self._admit(check, charge, hold):
             return False
 
         def commit(conn: Connection) -> bool | None:
-            known = conn.execute(bucket_index.one(channel, path.text)).one_or_none()
-            new = known is None or not bucket_index.is_kept(known, sha1, on_demand)
-            if not bucket_index.apply_reference(conn, record):
+            new = bucket_index.refer(conn, record)
+            if new is None:
                 return None
             if new and not on_demand:
                 count_upload(conn, channel, str(owner), size)
             then(conn)
+            hold.release()
             return new
 
-        new = await self._change(record, commit)
+        new = await self._change(record, commit, hold)
         if new is None:
             if on_demand:
                 raise _deleted()
             raise Conflict(f"another object was stored at {path.text} meanwhile; it stays")
         return new
+
+    async def _admit(self, check: Callable[[Connection], T], charge: Charge, hold: Hold) -> T:
+        """Result of `check`, which takes room. By the one writer where a limit counts it: two that look at the same
+        time would both find the last room."""
+        look = self._database.write if self.quotas.limits(charge) else self._database.read
+        try:
+            return await look(check)
+        except BaseException:
+            hold.release()
+            raise
 
     async def require_not_deleted(self, channel: str, path: ObjectPath) -> None:
         """Raises NotFound when the object was deleted in the channel and not uploaded since."""
@@ -231,7 +241,7 @@ class BucketService:
         charge = Charge(channel, path.text, str(owner), size)
 
         def check(conn: Connection) -> None:
-            if conn.execute(bucket_index.one(channel, path.text)).first() is None:
+            if bucket_index.at(conn, channel, path.text) is None:
                 self.quotas.require(conn, charge)
 
         await self._database.read(check)
@@ -266,10 +276,10 @@ class BucketService:
                 "there is no deletion that could be undone",
                 hint="It was never there, or its time has passed; upload it",
             )
-        charge = Charge(channel, path.text, known.principal, known.size)
-        await self._database.read(lambda conn: self.quotas.require(conn, charge))
         if await self._blobs.store_on_volume.stat(known.sha1) is None:
             raise Conflict("the bytes are gone from the storage", hint="Upload the file again")
+        charge, hold = Charge(channel, path.text, known.principal, known.size), self.quotas.hold()
+        await self._admit(lambda conn: hold.take(conn, charge), charge, hold)
         record = {
             "type": "referenceRestore",
             "channel": channel,
@@ -277,7 +287,12 @@ class BucketService:
             "by": str(by),
             "at": int(time.time() * 1000),
         }
-        await self._change(record, lambda conn: bucket_index.apply_restore(conn, record))
+
+        def commit(conn: Connection) -> None:
+            bucket_index.apply_restore(conn, record)
+            hold.release()
+
+        await self._change(record, commit, hold)
         found = await self.find(channel, path.text)
         if found is None:
             raise NotFound("the object was deleted again meanwhile")
@@ -285,7 +300,7 @@ class BucketService:
 
     async def deleted(self, channel: str, path: str) -> Reference | None:
         """What a deletion can be undone to; None when there is none."""
-        row = await self._database.read(lambda conn: conn.execute(bucket_index.tombstone(channel, path)).first())
+        row = await self._database.read(lambda conn: bucket_index.tombstone_at(conn, channel, path))
         return None if row is None or row.sha1 is None else bucket_index.deleted_reference(row)
 
     async def deletions(self, channel: str, after: str, limit: int) -> Sequence[tuple[Reference, int, str]]:
@@ -329,6 +344,10 @@ class BucketService:
         if not await self._database.read(lambda conn: bucket_index.expired(conn, record)):
             return 0
         return await self._change(record, lambda conn: bucket_index.apply_expire(conn, record))
+
+
+def _charge_of(known: Any) -> Charge:
+    return Charge(known.channel, known.path, known.principal, known.size)
 
 
 def _deleted() -> NotFound:

@@ -13,8 +13,9 @@ from kachery_lab.core.objects import ObjectPath, file_path
 from kachery_lab.core.roles import Role
 from kachery_lab.errors import Conflict, ContentMismatch, Forbidden, Gone, InvalidInput, NotFound, Unauthenticated
 from kachery_lab.services.access_data import AccessData
-from kachery_lab.services.blobs import BlobService, Content
+from kachery_lab.services.blobs import BlobService
 from kachery_lab.services.buckets import BucketService, Reference
+from kachery_lab.services.content import Content
 from kachery_lab.services.origins import LOCAL, OriginService
 from kachery_lab.services.pending import Pending, PendingUploads, drop
 from kachery_lab.services.quotas import Charge
@@ -150,14 +151,14 @@ class ChannelFiles:
         """
         path = ObjectPath.parse(file_path(sha1))
         self._roles.require(owner, channel, Role.PROVIDE_FILES)
-        found = await self._pending.find(channel, path.text, str(owner))
+        found = self._pending.find(channel, path.text, str(owner))
         if found is None:
             return await self._finished_before(channel, path, owner, size)
         if not found.received:
             raise Conflict("the bytes of this upload have not arrived", hint="PUT them to the URL of the announcement")
         if found.exact and size is not None and size != found.charge.size:
             raise ContentMismatch(f"{found.charge.size} bytes arrived, not {size}")
-        if not await self._is_here(sha1):
+        if not self._blobs.is_known(sha1) and not await self._is_here(sha1):
             raise Conflict("the bytes of this upload are not here any more", hint="Announce and send it again")
         return await self._refer(found, path, sha1, owner)
 
@@ -173,8 +174,7 @@ class ChannelFiles:
             reserved=True,
             then=lambda conn: drop(conn, charge),
         )
-        if not new:
-            await self._pending.drop(charge)
+        self._pending.forget(charge)
         return new
 
     async def _finished_before(self, channel: str, path: ObjectPath, owner: Subject, size: int | None) -> bool:

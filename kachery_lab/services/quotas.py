@@ -2,20 +2,25 @@
 
 Counted are logical bytes and objects, those of uploads that were announced and are not finished included. A user's
 client keys count for the user as well.
+
+A reference is refused before the log is written, and counts when its commit follows. Between the two its room is held:
+the check is a write function, these run one at a time, and what one takes the next one sees.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, delete, func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.sqlite import Insert, insert
 
 from kachery_lab.core.strict_json import MAX_SAFE_INTEGER
 from kachery_lab.db.engine import Database
 from kachery_lab.db.models import bucket_totals, pending_uploads
 from kachery_lab.db.models import quotas as quotas_table
+from kachery_lab.db.prepared import Prepared
 from kachery_lab.errors import InvalidInput, NotFound, StorageFull
 from kachery_lab.services.access_data import AccessData, Quota
 from kachery_lab.services.audit import AuditService
@@ -33,12 +38,32 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One more object of so many bytes that somebody brings into a channel at a path."""
+    """One more object of so many bytes that somebody brings into a channel at a path. `objects`: 0 for what is counted
+    by its bytes alone."""
 
     channel: str
     path: str
     owner: str
     size: int
+    objects: int = 1
+
+
+class Hold:
+    """The room of one change that is on its way, from `take` until `release`."""
+
+    def __init__(self, quotas: Quotas) -> None:
+        self._quotas = quotas
+        self.released = False
+
+    def take(self, conn: Connection, charge: Charge, replaces: Charge | None = None) -> None:
+        """Hold the room, unless it is released already: who asked for it may have given up. For use inside a write; in
+        a read it holds too, but two reads at once may both find the last room. Raises StorageFull."""
+        self._quotas.require(conn, charge, replaces)
+        self._quotas.keep(self, charge)
+
+    def release(self) -> None:
+        """The change is counted, or is not made. Also inside its commit; doing it again is no error."""
+        self._quotas.drop(self)
 
 
 class Quotas:
@@ -48,6 +73,25 @@ class Quotas:
         """`feeds`: logical bytes of the feeds that a channel shows."""
         self._data = data
         self._feeds = feeds
+        # Changed by the writer's thread and by the loop's.
+        self._lock = threading.Lock()
+        self._holds: dict[Hold, Charge] = {}
+
+    def hold(self) -> Hold:
+        """Room for a change, not taken yet."""
+        return Hold(self)
+
+    def keep(self, hold: Hold, charge: Charge) -> None:
+        """See `Hold.take`."""
+        with self._lock:
+            if not hold.released:
+                self._holds[hold] = charge
+
+    def drop(self, hold: Hold) -> None:
+        """See `Hold.release`."""
+        with self._lock:
+            hold.released = True
+            self._holds.pop(hold, None)
 
     def accounts(self, owner: str) -> list[tuple[str, list[str]]]:
         """Whose limits somebody uses up: (subject, all principals that are counted for it)."""
@@ -62,18 +106,50 @@ class Quotas:
             found = [one for one in found if one[0] != user] + [(user, [user, *keys])]
         return found
 
-    def require(self, conn: Connection, charge: Charge) -> None:
-        """Raises StorageFull, naming whose limit it is, when one more object does not fit."""
+    def limits(self, charge: Charge) -> bool:
+        """Whether any limit counts such an object now. Raises NotFound."""
+        channel = self._data.channel(charge.channel)
+        if channel.max_bytes is not None or channel.max_objects is not None:
+            return True
+        return bool(self._data.quotas) and any(one in self._data.quotas for one, _ in self.accounts(charge.owner))
+
+    def require(self, conn: Connection, charge: Charge, replaces: Charge | None = None) -> None:
+        """Raises StorageFull, naming whose limit it is, when one more object does not fit in place of another."""
         channel = self._data.channel(charge.channel)
         if channel.max_bytes is not None or channel.max_objects is not None:
             held = _held(conn, bucket_totals.c.channel == charge.channel, pending_uploads.c.channel == charge.channel)
-            held = Held(held.objects, held.bytes + self._feeds(conn, charge.channel))
-            _fits(f"the channel {charge.channel}", held, charge.size, channel.max_bytes, channel.max_objects)
+            shown = Held(0, self._feeds(conn, charge.channel))
+            held = _sum(
+                held, shown, _less(replaces), self._on_the_way(charge, lambda one: one.channel == charge.channel)
+            )
+            _fits(f"the channel {charge.channel}", held, charge, channel.max_bytes, channel.max_objects)
         for subject, names in self.accounts(charge.owner):
             quota = self._data.quotas.get(subject)
             if quota is not None:
-                held = _held_by(conn, names)
-                _fits(f"{subject} in all channels", held, charge.size, quota.max_bytes, quota.max_objects)
+                own = replaces if replaces is not None and replaces.owner in names else None
+                coming = self._on_the_way(charge, lambda one, names=names: one.owner in names)  # type: ignore[misc]
+                held = _sum(_held_by(conn, names), _less(own), coming)
+                _fits(f"{subject} in all channels", held, charge, quota.max_bytes, quota.max_objects)
+
+    def _on_the_way(self, charge: Charge, counts: Callable[[Charge], bool]) -> Held:
+        """Held room, without that for the same path: two changes there make one object. To be read after the database:
+        a commit gives its room back before the database shows it."""
+        with self._lock:
+            found = [one for one in self._holds.values() if counts(one)]
+        largest: dict[tuple[str, str], Charge] = {}
+        for one in found:
+            place = one.channel, one.path
+            if place != (charge.channel, charge.path) and (place not in largest or largest[place].size < one.size):
+                largest[place] = one
+        return Held(sum(one.objects for one in largest.values()), sum(one.size for one in largest.values()))
+
+
+def _less(replaced: Charge | None) -> Held:
+    return Held(0, 0) if replaced is None else Held(-replaced.objects, -replaced.size)
+
+
+def _sum(*parts: Held) -> Held:
+    return Held(sum(one.objects for one in parts), sum(one.bytes for one in parts))
 
 
 def _held_by(conn: Connection, names: Collection[str]) -> Held:
@@ -89,27 +165,37 @@ def _held(conn: Connection, stored: ColumnElement[bool], pending: ColumnElement[
     return Held(int(first[0]) + int(second[0]), int(first[1]) + int(second[1]))
 
 
-def _fits(whose: str, held: Held, size: int, max_bytes: int | None, max_objects: int | None) -> None:
+def _fits(whose: str, held: Held, charge: Charge, max_bytes: int | None, max_objects: int | None) -> None:
     hint = "Delete what is not needed, wait until announced uploads expire, or ask for a higher limit"
-    if max_bytes is not None and held.bytes + size > max_bytes:
+    if max_bytes is not None and held.bytes + charge.size > max_bytes:
         raise StorageFull(
-            f"{size} bytes more do not fit: {whose} may have {max_bytes} bytes, {held.bytes} are taken", hint=hint
+            f"{charge.size} bytes more do not fit: {whose} may have {max_bytes} bytes, {held.bytes} are taken",
+            hint=hint,
         )
-    if max_objects is not None and held.objects + 1 > max_objects:
+    if max_objects is not None and charge.objects and held.objects + charge.objects > max_objects:
         raise StorageFull(
             f"one object more does not fit: {whose} may have {max_objects} objects, {held.objects} are taken", hint=hint
         )
 
 
+def _make_add() -> Insert:
+    statement, table = insert(bucket_totals), bucket_totals.c
+    return statement.on_conflict_do_update(
+        index_elements=[table.channel, table.principal],
+        set_={
+            "objects": table.objects + statement.excluded.objects,
+            "bytes": table.bytes + statement.excluded.bytes,
+        },
+    )
+
+
+_ADD = Prepared(_make_add())
+"""Made once: making it takes longer than running it."""
+
+
 def add_total(conn: Connection, channel: str, principal: str, objects: int, size: int) -> None:
     """Change what is counted for a principal in a channel. For use where bucket_objects changes."""
-    statement = insert(bucket_totals).values(channel=channel, principal=principal, objects=objects, bytes=size)
-    conn.execute(
-        statement.on_conflict_do_update(
-            index_elements=[bucket_totals.c.channel, bucket_totals.c.principal],
-            set_={"objects": bucket_totals.c.objects + objects, "bytes": bucket_totals.c.bytes + size},
-        )
-    )
+    _ADD(conn, {"channel": channel, "principal": principal, "objects": objects, "bytes": size})
 
 
 def channel_bytes(conn: Connection, channel: str) -> int:
@@ -121,10 +207,18 @@ def channel_bytes(conn: Connection, channel: str) -> int:
 class QuotaService:
     """Quotas are seen and set by admins."""
 
-    def __init__(self, database: Database, data: AccessData, audit: AuditService) -> None:
+    def __init__(
+        self,
+        database: Database,
+        data: AccessData,
+        audit: AuditService,
+        unwritten: Callable[[Collection[str]], Held] = lambda _owners: Held(0, 0),
+    ) -> None:
+        """`unwritten`: what counts for principals and is not in the database."""
         self._database = database
         self._data = data
         self._audit = audit
+        self._unwritten = unwritten
 
     def list(self, actor: Principal) -> list[Quota]:
         """All quotas, by subject. Raises Forbidden."""
@@ -137,7 +231,8 @@ class QuotaService:
         _parse(subject)
         quota = self._data.quotas.get(subject, Quota(subject, None, None))
         names = dict(Quotas(self._data).accounts(subject))[subject]
-        return quota, await self._database.read(lambda conn: _held_by(conn, names))
+        written, more = await self._database.read(lambda conn: _held_by(conn, names)), self._unwritten(names)
+        return quota, Held(written.objects + more.objects, written.bytes + more.bytes)
 
     async def set(self, actor: Principal, subject: str, max_bytes: int | None, max_objects: int | None) -> Quota:
         """In force at once; what is over it stays. None: no limit. Raises Forbidden, InvalidInput."""

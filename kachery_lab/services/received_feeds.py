@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 from sqlalchemy import Connection
 
@@ -28,9 +27,10 @@ from kachery_lab.core.ids import FeedId, SubfeedHash
 from kachery_lab.core.keys import PublicKey
 from kachery_lab.core.signatures import verify_2021
 from kachery_lab.db.engine import Database
-from kachery_lab.errors import Conflict, FeedFork, InvalidInput, StorageFull
+from kachery_lab.errors import Conflict, FeedFork, InvalidInput
 from kachery_lab.services import received_index
 from kachery_lab.services.events import Events
+from kachery_lab.services.locks import KeyLocks
 from kachery_lab.services.logs import LogWriter, to_line
 from kachery_lab.services.received_index import Place
 
@@ -41,10 +41,12 @@ ROLL_PAGE = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a channel's limit leaves: bytes that its bucket may show (None: no limit), and bytes in use now."""
+    """Room in a channel's bucket for more of a subfeed. `take`, inside a write, holds so many bytes or raises
+    StorageFull; `release` gives them back, also inside the commit that counts them. Not `limited`: nobody counts."""
 
-    limit: int | None
-    used: Callable[[Connection], int]
+    limited: bool
+    take: Callable[[Connection, int], None]
+    release: Callable[[], None]
 
 
 class ReceivedFeeds:
@@ -54,7 +56,7 @@ class ReceivedFeeds:
         self._database = database
         self._log = log
         self._events = events
-        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._locks: KeyLocks[tuple[FeedId, SubfeedHash]] = KeyLocks()
 
     async def place(self, feed_id: FeedId, subfeed_hash: SubfeedHash, origin: str) -> Place:
         """What is known of a subfeed, and of it in one channel."""
@@ -79,8 +81,7 @@ class ReceivedFeeds:
         """
         if messages and [m.position for m in messages] != list(_numbers(messages)):
             raise ChainRefused("wrong-message-number", messages[0].position)
-        lock = self._locks.setdefault((feed_id, subfeed_hash), asyncio.Lock())
-        async with lock:
+        async with self._locks.hold((feed_id, subfeed_hash)):
             place = await self.place(feed_id, subfeed_hash, origin)
             known, fresh = _split(messages, place.head.num_messages)
             await self._compare(feed_id, subfeed_hash, known)
@@ -181,7 +182,7 @@ class ReceivedFeeds:
             if start > place.shown:
                 raise ChainRefused("gap", place.shown)
             shown = max(place.shown, end)
-            await self._require_room(feed_id, subfeed_hash, place.shown, shown, accepted, room)
+            await self._take_room(feed_id, subfeed_hash, place.shown, shown, accepted, room)
         newer = checkpoint is not None and (place.checkpoint is None or place.checkpoint.count < checkpoint.count)
         total = place.head.num_messages + len(accepted)
         if not accepted and received == place.received and shown in (None, place.shown) and not newer:
@@ -198,13 +199,22 @@ class ReceivedFeeds:
             "shown": shown,
             "checkpoint": checkpoint.to_json() if checkpoint is not None and newer else None,
         }
-        if not await self._log.append([to_line(record)], lambda conn: received_index.apply_receive(conn, record)):
+        if not await self._append(record, room):
             raise Conflict("the feed was deleted while messages of it came in", hint="Try again")
         if accepted:
             self._events.publish((feed_id, subfeed_hash))
         return total
 
-    async def _require_room(
+    async def _append(self, record: dict[str, Any], room: Room | None) -> bool:
+        def commit(conn: Connection) -> bool:
+            kept = received_index.apply_receive(conn, record)
+            if room is not None:
+                room.release()
+            return kept
+
+        return await self._log.append([to_line(record)], commit, None if room is None else room.release)
+
+    async def _take_room(
         self,
         feed_id: FeedId,
         subfeed_hash: SubfeedHash,
@@ -213,22 +223,22 @@ class ReceivedFeeds:
         accepted: Sequence[SignedMessage],
         room: Room,
     ) -> None:
-        limit = room.limit
-        if limit is None or end <= shown:
+        if not room.limited or end <= shown:
             return
         arriving = sum(len(m.message.encode()) + received_index.OVERHEAD_BYTES for m in accepted if m.position < end)
-        used = await self._database.read(
-            lambda conn: room.used(conn) + received_index.size_of(conn, feed_id, subfeed_hash, shown, end)
-        )
-        if used + arriving > limit:
-            raise StorageFull(f"the channel is full: its limit is {limit} bytes")
+        here = await self._database.read(lambda conn: received_index.size_of(conn, feed_id, subfeed_hash, shown, end))
+        try:
+            await self._database.write(lambda conn: room.take(conn, here + arriving))
+        except BaseException:
+            room.release()
+            raise
 
     async def show(self, feed_id: FeedId, subfeed_hash: SubfeedHash, origin: str, count: int, room: Room) -> None:
         """Have a channel's bucket show the first `count` messages, which are here. Raises StorageFull, Conflict."""
         place = await self.place(feed_id, subfeed_hash, origin)
         if count <= place.shown:
             return
-        await self._require_room(feed_id, subfeed_hash, place.shown, count, (), room)
+        await self._take_room(feed_id, subfeed_hash, place.shown, count, (), room)
         record = {
             "type": "receive",
             "feedId": feed_id,
@@ -241,7 +251,7 @@ class ReceivedFeeds:
             "shown": count,
             "checkpoint": None,
         }
-        if not await self._log.append([to_line(record)], lambda conn: received_index.apply_receive(conn, record)):
+        if not await self._append(record, room):
             raise Conflict("the feed was deleted while it was provided")
 
     async def hide(

@@ -8,12 +8,13 @@ import secrets
 import time
 from collections.abc import AsyncIterable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection
 
+from kachery_lab.blobs.durable import present
 from kachery_lab.core.canonical_json import loads_2021
 from kachery_lab.core.ids import NodeId, Sha1
 from kachery_lab.core.objects import ObjectPath, file_path
@@ -96,9 +97,16 @@ class UploadService:
                 hint="Wait; KACHERY_LAB_TICKETS_PER_SECOND sets how many it gets",
             )
         now = int(time.time())
-        ticket = Ticket("PUT", channel, path.text, str(owner), now, now + PUT_SECONDS, secrets.token_hex(8), size)
-        bound = replace(ticket, ceiling=int(owner.ceiling), token=owner.token)
-        return self._signer.ticket(replace(bound, announced=announced, on_demand=on_demand, lease=lease))
+        return self._signer.ticket(
+            Ticket(
+                *("PUT", channel, path.text, str(owner), now, now + PUT_SECONDS, secrets.token_hex(8), size),
+                on_demand=on_demand,
+                lease=lease,
+                ceiling=int(owner.ceiling),
+                token=owner.token,
+                announced=announced,
+            )
+        )
 
     def _require_offer(self, channel: str, owner: Subject) -> None:
         """Raises Forbidden unless the node offers its local files in the channel now."""
@@ -115,9 +123,13 @@ class UploadService:
         if not 0 < seconds <= MAX_GET_SECONDS:
             raise InvalidInput(f"expected 1 to {MAX_GET_SECONDS} seconds")
         now = int(time.time())
-        nonce = secrets.token_hex(8)
-        ticket = Ticket("GET", channel, path.text, str(reader), now, now + seconds, nonce)
-        return self._signer.ticket(replace(ticket, ceiling=int(reader.ceiling), token=reader.token))
+        return self._signer.ticket(
+            Ticket(
+                *("GET", channel, path.text, str(reader), now, now + seconds, secrets.token_hex(8)),
+                ceiling=int(reader.ceiling),
+                token=reader.token,
+            )
+        )
 
     def open_read(self, text: str, method: str) -> tuple[str, ObjectPath, Subject]:
         """(Channel, path, reader) of a ticket for reading; the reader's rights are not looked at. Raises Forbidden."""
@@ -151,10 +163,10 @@ class UploadService:
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
-    def holder(self, segment: str) -> tuple[Subject, str]:
-        """On whose behalf an upload ticket was issued, and for which channel. Raises Forbidden for a forged one."""
+    def open(self, segment: str) -> tuple[Ticket, Subject]:
+        """An upload ticket, and on whose behalf it was issued. Raises Forbidden for a forged one."""
         ticket = self._signer.open_ticket(segment)
-        return _bound(ticket), ticket.channel
+        return ticket, _bound(ticket)
 
     async def adopt(self, channel: str, sha1: Sha1, size: int, owner: Subject, *, on_demand: bool = False) -> bool:
         """Put a file that is here already into a bucket; whether the reference is new. Raises what `issue` raises,
@@ -167,15 +179,21 @@ class UploadService:
         return await self._buckets.refer(channel, path, sha1, size, owner, on_demand=on_demand)
 
     async def receive(self, segment: str, stream: AsyncIterable[bytes], size: int | None, peer: str | None) -> bool:
-        """Honour an upload ticket; whether a file or task result is new. Repeating it with the same bytes is no error.
+        """`honour` for a ticket that nobody has opened yet."""
+        ticket, owner = self.open(segment)
+        return await self.honour(ticket, owner, stream, size, peer)
+
+    async def honour(
+        self, ticket: Ticket, owner: Subject, stream: AsyncIterable[bytes], size: int | None, peer: str | None
+    ) -> bool:
+        """Take what an opened upload ticket is for; whether a file or task result is new. Repeating it with the same
+        bytes is no error.
 
         Raises Forbidden (ticket or rights, checked again after the bytes came), ContentMismatch (hash, size, or a
         message that does not continue its subfeed), Conflict, TooLarge, StorageFull, Unavailable.
         """
-        ticket = self._signer.open_ticket(segment)
         ticket.check("PUT", time.time())
         path = ObjectPath.parse(ticket.path)
-        owner = _bound(ticket)
         self._roles.require(owner, ticket.channel, path.provide)
         if ticket.on_demand:
             self._require_offer(ticket.channel, owner)
@@ -235,41 +253,57 @@ class UploadService:
         """Store the bytes of an upload that was announced; they get their reference when it is finished."""
         assert path.sha1 is not None
         channel = ticket.channel
-        found = await self._pending.find(channel, path.text, str(owner))
-        if found is None:
-            # A repetition of what is finished, by a client that did not see the answer.
-            reference = await self._buckets.find(channel, path.text)
-            if reference is None or reference.on_demand:
-                raise Forbidden("this upload has expired", hint="Announce it again, for a new URL")
-            found = Pending(Charge(channel, path.text, str(owner), reference.size), True, "", True)
-        claim, known = self._claim(channel, path, found, size), found
+        found = self._pending.find(channel, path.text, str(owner))
+        # A repetition of what is finished, by a client that did not see the answer.
+        finished = None if found is not None else await self._buckets.find(channel, path.text)
+        if finished is not None and not finished.on_demand:
+            claim = self._claim(channel, path, finished.size, True, size)
+        else:
+            found = found or await self._announced_anew(ticket, path, owner)
+            claim = self._claim(channel, path, found.charge.size, found.exact or found.received, size)
+        charge = Charge(channel, path.text, str(owner), 0)
+        noted = False
 
         def note(conn: Connection, stored: int) -> None:
+            nonlocal noted
             # Who lost the right meanwhile is refused below; then nothing was received either.
-            if not known.received and self._roles.roles(owner, channel) & path.provide:
-                self._pending.received(conn, known, stored)
+            may = self._roles.roles(owner, channel) & path.provide
+            noted = bool(may) and self._pending.receive(conn, charge, stored)
 
-        with self._pending.arriving(found):
-            await self._arriving(path.sha1, channel)
+        arriving = partial(self._arriving, path.sha1, channel)
+        with self._pending.arriving(charge):
             principal = Principal("operator", str(owner), peer=peer)
-            stored = await self._blobs.store(stream, claim, principal, note)
+            stored = await self._blobs.store(stream, claim, principal, note, arriving)
+        if noted:
+            self._pending.received(charge, stored.size)
         self._roles.require(owner, channel, path.provide)
         return stored.new
 
-    def _claim(self, channel: str, path: ObjectPath, found: Pending, size: int | None) -> Claim:
+    async def _announced_anew(self, ticket: Ticket, path: ObjectPath, owner: Subject) -> Pending:
+        """What a ticket says of an upload that a kill of the server made it forget. Raises Forbidden for one that has
+        expired, and what `PendingUploads.reserve` raises."""
+        found = None
+        if ticket.size is not None and not self._pending.is_over(ticket.issued):
+            charge = Charge(ticket.channel, path.text, str(owner), ticket.size)
+            await self._pending.reserve(charge, exact=True, label="")
+            found = self._pending.find(ticket.channel, path.text, str(owner))
+        if found is None:
+            raise Forbidden("this upload has expired", hint="Announce it again, for a new URL")
+        return found
+
+    def _claim(self, channel: str, path: ObjectPath, announced: int, exact: bool, size: int | None) -> Claim:
         """What may arrive: exactly what was announced, or bytes of a text that was announced in UTF-16 units."""
-        announced = found.charge.size
-        most = announced if found.exact or found.received else announced * UTF8_BYTES
-        if size is not None and (size > most or (found.exact and size != announced)):
+        most = announced if exact else announced * UTF8_BYTES
+        if size is not None and (size > most or (exact and size != announced)):
             raise ContentMismatch(f"{size} bytes are announced, the upload was announced with {announced}")
         limit = self._data.channel(channel).max_object_bytes
-        exact = announced if found.exact else size
-        return Claim(sha1=path.sha1, size=exact, max_size=most if limit is None else min(most, limit))
+        most = most if limit is None else min(most, limit)
+        return Claim(sha1=path.sha1, size=announced if exact else size, max_size=most)
 
     async def _arriving(self, sha1: Sha1, channel: str) -> None:
         """What is uploaded to a channel is not this server's own to offer in others."""
-        here = await self._blobs.store_on_volume.stat(sha1) is not None
-        await self._origins.arriving(sha1, f"{self._hub_id}/{channel}", here=here)
+        path = self._blobs.store_on_volume.layout.blob(sha1)
+        await self._origins.arriving_unless(sha1, f"{self._hub_id}/{channel}", partial(present, path))
 
     async def _document(self, data: bytes) -> Any:
         """Raises ContentMismatch for what is no JSON."""

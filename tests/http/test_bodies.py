@@ -138,7 +138,7 @@ def test_half_read_bodies_never_wait_for_each_other_forever() -> None:
         turn = asyncio.Barrier(2)
 
         async def one() -> None:
-            async with budget.share() as share:
+            with budget.share() as share:
                 await budget.grow(share, 50)
                 await turn.wait()
                 await budget.grow(share, 50)

@@ -140,6 +140,6 @@ def test_a_certificate_bounds_its_tickets(hub: Hub, channel: str, member: LabNod
     """Roles that a node got after its certificate was issued are not in the tickets that it asks for with it."""
     hub.grant(member.id, channel, Role.PROVIDE_FILES)
     (url,) = hub.upload_urls(member, channel, [path_of(b"certified")], [9])
-    owner, _ = hub.node.uploads.holder(url.rpartition("/")[2])
+    _, owner = hub.node.uploads.open(url.rpartition("/")[2])
     assert owner == Subject("node", member.id, Role.PROVIDE_FILES, frozenset({channel}))
     assert hub.put(url, b"certified").status == 200

@@ -18,6 +18,7 @@ from kachery_lab.blobs.journal import START, Journal, Position
 from kachery_lab.db.engine import Database
 from kachery_lab.db.migrate import migrate
 from kachery_lab.errors import StorageFull, Unavailable
+from kachery_lab.services import logs
 from kachery_lab.services.logs import LogWriter, get_meta, replay, set_meta, to_line
 from tests.db.databases import writer_held
 
@@ -54,6 +55,11 @@ class Log:
 
     async def tell(self, number: int) -> int:
         return await self.writer.append([line(number)], lambda conn: (add(conn, {"n": number}), number)[1])
+
+    async def go_ahead(self, number: int, indexed: list[int]) -> None:
+        await self.writer.append_ahead(
+            lambda: [line(number)], lambda conn: add(conn, {"n": number}), lambda: indexed.append(number)
+        )
 
     async def refused(self, number: int) -> None:
         def refuse(conn: Connection) -> None:
@@ -276,3 +282,136 @@ def test_a_restart_continues(tmp_path: Path) -> None:
         assert log.told == list(range(number))
         asyncio.run(log.tell(number))
         log.close()
+
+
+# -- ahead of the index ------------------------------------------------------------------------------------------------
+
+
+def test_what_goes_ahead_is_durable_and_indexed_with_the_next(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "INDEX_SECONDS", 3600)
+    indexed: list[int] = []
+
+    async def work() -> None:
+        await log.go_ahead(1, indexed)
+        assert [record["n"] for record in log.records()] == [1]
+        assert (log.told, indexed, log.known) == ([], [], START)
+        await log.tell(2)
+
+    asyncio.run(work())
+    assert (log.told, indexed) == ([1, 2], [1])
+    assert log.known == log.journal.end
+
+
+def test_what_goes_ahead_waits_for_no_commit(log: Log) -> None:
+    async def work() -> None:
+        with writer_held(log.database):
+            held = asyncio.create_task(log.tell(1))
+            await log.go_ahead(2, [])
+            assert 2 in [record["n"] for record in log.records()]
+            assert not held.done()
+        await held
+        await log.writer.drain()
+
+    asyncio.run(work())
+    assert sorted(log.told) == [1, 2]
+    assert log.known == log.journal.end
+
+
+def test_the_index_follows_by_itself(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "INDEX_SECONDS", 0.01)
+    indexed: list[int] = []
+
+    async def work() -> None:
+        await log.go_ahead(1, indexed)
+        async with asyncio.timeout(30):
+            while not indexed:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+    assert log.told == [1]
+
+
+def test_many_that_go_ahead_are_indexed_at_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "INDEX_SECONDS", 3600)
+    monkeypatch.setattr(logs, "MOST_AHEAD", 3)
+    indexed: list[int] = []
+
+    async def work() -> None:
+        await asyncio.gather(*(log.go_ahead(number, indexed) for number in range(3)))
+        async with asyncio.timeout(30):
+            while len(indexed) < 3:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+    assert log.told == [0, 1, 2]
+
+
+def test_a_kill_before_it_is_indexed(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "INDEX_SECONDS", 3600)
+
+    async def work() -> None:
+        await log.tell(1)
+        await log.go_ahead(2, [])
+
+    asyncio.run(work())
+    assert log.told == [1]
+    assert log.replay() == 1
+    assert log.told == [1, 2]
+    assert log.known == log.journal.end
+
+
+def test_a_refusal_does_not_take_what_went_ahead(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "INDEX_SECONDS", 3600)
+
+    async def work() -> None:
+        refused = asyncio.create_task(log.refused(1))
+        await log.go_ahead(2, [])
+        with pytest.raises(Refused):
+            await refused
+        await log.go_ahead(3, [])
+        await log.writer.drain()
+
+    asyncio.run(work())
+    assert log.told == [2, 3]
+    log.forget()
+    assert log.replay() == 2
+    assert log.told == [2, 3]
+
+
+def test_a_full_disk_refuses_what_would_go_ahead(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    indexed: list[int] = []
+
+    async def work() -> None:
+        with monkeypatch.context() as filled:
+            filled.setattr(os, "write", full)
+            with pytest.raises(StorageFull):
+                await log.go_ahead(1, indexed)
+        # Nobody needs to keep it in mind any longer.
+        assert indexed == [1]
+        await log.go_ahead(2, indexed)
+        await log.writer.drain()
+
+    asyncio.run(work())
+    assert log.told == [2]
+    assert [record["n"] for record in log.records()] == [2]
+
+
+def test_an_index_that_fails_is_made_later(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "INDEX_SECONDS", 3600)
+    indexed: list[int] = []
+
+    async def work() -> None:
+        await log.go_ahead(1, indexed)
+        with pytest.raises(Refused):
+            await log.refused(2)
+        assert (log.told, indexed) == ([], [])
+        await log.tell(3)
+
+    asyncio.run(work())
+    assert (log.told, indexed) == ([1, 3], [1])
+    log.forget()
+    log.replay()
+    assert log.told == [1, 3]

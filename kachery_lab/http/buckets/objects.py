@@ -49,8 +49,7 @@ async def put(request: Request) -> Response:
     node, peer = node_of(request), peer_of(request)
     declared = request.headers.get("content-length")
     size = int(declared) if declared is not None else None
-    segment = request.path_params["ticket"]
-    owner, channel = node.uploads.holder(segment)
-    async with node.audit.refusals(str(owner), peer, "bucket.upload", channel):
-        await node.uploads.receive(segment, request.stream(), size, peer)
+    ticket, owner = node.uploads.open(request.path_params["ticket"])
+    async with node.audit.refusals(str(owner), peer, "bucket.upload", ticket.channel):
+        await node.uploads.honour(ticket, owner, request.stream(), size, peer)
     return Response(status_code=200)
