@@ -41,7 +41,7 @@ from tests.servers import Answer, RunningNode, blob_path
 SMALL = 4096
 LARGE = 45_000_000
 WORKERS = 2
-ONCE = ("{storage}", "{storage}/sha1", "{metadata}")
+ONCE = ("{storage}", "{storage}/sha1", "{storage}/sha1-trash", "{metadata}")
 """Directories that a server looks after once: the repeated request of the trial before did it."""
 
 
@@ -131,8 +131,10 @@ def link_file(bench: Bench) -> Attempt:
     path = bench.directory / f"linked-{next(bench.numbers)}"
     data = os.urandom(SMALL)
     path.write_bytes(data)
+    # Whether its bytes are stored is looked up before.
+    symbols = {str(blob_path(bench.node.storage, sha1_of(data))): "{blob}"}
     return Attempt(
-        blob_symbols(bench.node.storage, sha1_of(data), suffix=".link"),
+        symbols | blob_symbols(bench.node.storage, sha1_of(data), suffix=".link"),
         lambda: bench.node.post("/linkFile", link_body(path)),
         lambda _: bench.ledger.link(sha1_of(data), path),
     )
