@@ -85,10 +85,13 @@ def long_feed(make_node: Make, total: int) -> None:
     for start in range(0, total, 10_000):
         texts = [{"n": n, "text": "x" * 60} for n in range(start, min(start + 10_000, total))]
         assert append(alpha, feed, texts).status == 200
-    long = median_append(client, feed)
     before = memory(beta)
     size = count(alpha, feed)
     seconds = follow_until(beta, feed, size, 300)
+    # When nobody is catching up any more.
+    long = median_append(client, feed)
+    size = count(alpha, feed)
+    follow_until(beta, feed, size, 60)
     added = (memory(beta) - before) / (1 << 20)
     ends = [messages_of(node, feed, SUBFEED, signed=True, position=size - 3) for node in (alpha, beta, lab.hub)]
     assert ends[0] == ends[1] == ends[2]

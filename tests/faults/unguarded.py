@@ -372,7 +372,7 @@ def provide_each_time() -> None:
 
 def no_feed_recheck() -> None:
     """S7: rights are looked at when an upload is allowed, and not again."""
-    uploads.UploadService.receive = _receive_unchecked(uploads.UploadService.receive)
+    uploads.UploadService.honour = _receive_unchecked(uploads.UploadService.honour)
 
 
 def _receive_unchecked(before: Callable[..., Any]) -> Callable[..., Any]:
