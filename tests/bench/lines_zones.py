@@ -150,7 +150,7 @@ def ranges(place: Place) -> Iterator[Row]:
             request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{to}\r\nRange: bytes=%VALUE%\r\n\r\n"
             return _requests(to, each, request, values)
 
-        with reference_nginx.running(root, place.directory(), port):
+        with reference_nginx.running(root, place.directory(), port, nopush=False):
             base, own = best(place.rounds, lambda: get(port, "/blob"), lambda: get(node.port, target))
         (root / "blob").unlink()
     yield ratio("64 KiB of 10 GiB, 16 connections : nginx with sendfile", own, base, 0.3, "/s")
