@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 import structlog
@@ -71,6 +72,25 @@ class Act:
         return run
 
 
+class Refusals:
+    """A block whose refusal is recorded (`AuditService.refusals`). No generator: it is around every read."""
+
+    __slots__ = ("_audit", "_what")
+
+    def __init__(self, audit: AuditService, *what: *tuple[str, str | None, str, str]) -> None:
+        self._audit = audit
+        self._what = what
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Forbidden):
+            await self._audit.refused(*self._what, error)
+
+
 class AuditService:
     """Writes entries; keeps them `retention_days`."""
 
@@ -94,19 +114,18 @@ class AuditService:
         if not act.written:
             await self._write(act.row("done"))
 
-    @asynccontextmanager
-    async def refusals(self, who: str, peer: str | None, action: str, what: str) -> AsyncIterator[None]:
+    def refusals(self, who: str, peer: str | None, action: str, what: str) -> Refusals:
         """Records that the block is refused: a Forbidden that ends it, which passes on. `who` is proved (`kind:name`).
 
         The log has it too. The same refusal again within REPEAT_SECONDS is not recorded again.
         """
-        try:
-            yield
-        except Forbidden as error:
-            if self._is_new((who, action, what)):
-                log.warning("refused", who=who, peer=peer, action=action, object=what, reason=error.message)
-                await self._write(_row(who, peer, action, what, error.code, error.message))
-            raise
+        return Refusals(self, who, peer, action, what)
+
+    async def refused(self, who: str, peer: str | None, action: str, what: str, error: Forbidden) -> None:
+        """See `refusals`."""
+        if self._is_new((who, action, what)):
+            log.warning("refused", who=who, peer=peer, action=action, object=what, reason=error.message)
+            await self._write(_row(who, peer, action, what, error.code, error.message))
 
     def _is_new(self, refusal: tuple[str, str, str]) -> bool:
         now = time.monotonic()

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from time import monotonic
 from typing import Any
 
@@ -38,6 +38,7 @@ UTF8_BYTES = 3
 SMALL_JSON = 256 * 1024
 MAX_JSON_OBJECT = 100_000_000
 """Bytes of a feed message or a task result."""
+_TICKETS_KNOWN = 4096
 
 
 class UploadService:
@@ -66,6 +67,8 @@ class UploadService:
         self._hub_id = hub_id
         self._rates = rates
         self._feeds = feeds
+        # A reader of many ranges sends one text each time. What it says never changes; time and rights are looked at.
+        self._read_ticket = lru_cache(maxsize=_TICKETS_KNOWN)(self._open_ticket)
         self.task_leases: TaskLeaseService | None = None
 
     # -- permissions in URLs -------------------------------------------------------------------------------------
@@ -133,9 +136,13 @@ class UploadService:
 
     def open_read(self, text: str, method: str) -> tuple[str, ObjectPath, Subject]:
         """(Channel, path, reader) of a ticket for reading; the reader's rights are not looked at. Raises Forbidden."""
-        ticket = self._signer.open_ticket(text)
+        ticket, path, reader = self._read_ticket(text)
         ticket.check(method, time.time())
-        return ticket.channel, ObjectPath.parse(ticket.path), _bound(ticket)
+        return ticket.channel, path, reader
+
+    def _open_ticket(self, text: str) -> tuple[Ticket, ObjectPath, Subject]:
+        ticket = self._signer.open_ticket(text)
+        return ticket, ObjectPath.parse(ticket.path), _bound(ticket)
 
     def check_size(self, channel: str, path: ObjectPath, size: int | None) -> None:
         """Raises TooLarge over the channel's limit of one object, NotFound."""
