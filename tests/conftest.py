@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.logs import own_logging
 from tests.servers import RunningNode
 
 
@@ -17,6 +18,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True)
+def log_of_its_own() -> Iterator[None]:
+    """What a test configures, as commands do that run in this process, is not there for the next."""
+    with own_logging():
+        yield
 
 
 @pytest.fixture

@@ -16,15 +16,8 @@ import structlog
 
 from kachery_lab.observability.logging import LineStream, RateLimited, configure, redact_text
 from kachery_lab.observability.request_lines import MOST_HELD, request_logger
-from tests.logs import own_logging
 
 NASTY = 'a\r\n{"event":"forged"}\x1b[31m\u202eb\0\x7f\udc80'
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    with own_logging():
-        yield
 
 
 @pytest.fixture
