@@ -1,4 +1,4 @@
-"""One large answer, read by a thread in pieces of 1 MiB.
+"""One large answer, read by a thread in pieces of 4 MiB.
 
 The asynchronous library hands on what each packet brings, which costs more than hashing it; the standard library fills
 a large buffer at once.
@@ -20,7 +20,7 @@ from kachery_lab.client.reach import Reach
 from kachery_lab.core import strict_json
 from kachery_lab.errors import InvalidInput, KacheryLabError, Unavailable
 
-PIECE = 1 << 20
+PIECE = 1 << 22
 LEAST_RATE = 1024
 PIECE_SECONDS = 60.0
 """A hub that sends fewer than LEAST_RATE bytes per second over this time is given up."""
