@@ -88,14 +88,12 @@ def long_feed(make_node: Make, total: int) -> None:
     before = memory(beta)
     size = count(alpha, feed)
     seconds = follow_until(beta, feed, size, 300)
-    # When nobody is catching up any more.
-    long = median_append(client, feed)
-    size = count(alpha, feed)
-    follow_until(beta, feed, size, 60)
     added = (memory(beta) - before) / (1 << 20)
     ends = [messages_of(node, feed, SUBFEED, signed=True, position=size - 3) for node in (alpha, beta, lab.hub)]
     assert ends[0] == ends[1] == ends[2]
     puts = lab.puts()
+    # When nobody is catching up any more.
+    long = median_append(client, feed)
     report(
         "J6 long",
         size,
