@@ -31,6 +31,7 @@ PREFLIGHT_SECONDS = b"86400"
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _MOST_ECHOED = 2048
+_SPACES = re.compile(r"\s")
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
@@ -293,7 +294,8 @@ class RequestLog:
             self._log.info(
                 "request",
                 method=scope.get("method", "WEBSOCKET"),
-                path=redact_text(scope["path"])[:1024],
+                # A space ends an address in a text: without it the rest of a secret would be shown.
+                path=redact_text(_SPACES.sub("%20", scope["path"]))[:1024],
                 status=status or None,
                 bytes=sent,
                 ms=round(seconds * 1000, 2),

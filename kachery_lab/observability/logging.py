@@ -56,7 +56,8 @@ _SECRET_TEXT = re.compile(
     re.IGNORECASE,
 )
 # Addresses carry capabilities, tickets and page tokens as path segments (architecture: addresses).
-_SECRET_PATH = re.compile(r"(/bucket/~|/bucket/upload/|/p/)[^/\s?#]+", re.IGNORECASE)
+# A ticket is the last segment: what an encoded slash cuts off is its rest.
+_SECRET_PATH = re.compile(r"(/bucket/upload/)[^\s?#]+|(/bucket/~|/p/)[^/\s?#]+", re.IGNORECASE)
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
@@ -67,7 +68,7 @@ def redact_text(text: str) -> str:
     if "klk_" in lower or "=" in lower or "auth" in lower or "bearer " in lower:
         text = _SECRET_TEXT.sub(lambda found: (found.group("name") or "") + REDACTED, text)
     if "/bucket/" in lower or "/p/" in lower:
-        text = _SECRET_PATH.sub(lambda found: found.group(1) + REDACTED, text)
+        text = _SECRET_PATH.sub(lambda found: (found.group(1) or found.group(2)) + REDACTED, text)
     return text
 
 

@@ -209,6 +209,7 @@ def test_the_line_holds_no_secret_of_the_address() -> None:
     log = Lines()
     app = RequestLog(hello, log=log)
     paths = ["/bucket/~geheim/chan/a", "/bucket/upload/geheim", "/p/geheim/r/zone", "/x/klk_geheim"]
+    paths += ["/bucket/upload/a geheim", "/bucket/upload/a\n geheim", "/bucket/upload/a/geheim", "/p/a geheim/r/zone"]
     for path in paths:
         call(app, path=path)
     assert "geheim" not in json.dumps(log.lines)

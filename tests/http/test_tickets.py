@@ -102,7 +102,8 @@ def test_s4_an_altered_ticket_opens_nothing(
     if altered == segment:
         return
     answer = hub.put(f"{prefix}/{altered}", data)
-    assert answer.status in (403, 404), (altered, answer.body)
+    # `%2f` makes two segments of one: the address of an object of a channel, which takes no PUT.
+    assert answer.status in ((405,) if "%2f" in altered.lower() else (403, 404)), (altered, answer.body)
     assert hub.call(hub.node.buckets.find("four01", path_of(data))) is None
 
 
