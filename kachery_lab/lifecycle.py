@@ -56,6 +56,7 @@ from kachery_lab.services.principals import OPERATOR
 from kachery_lab.services.profiles import ProfileService
 from kachery_lab.services.quotas import QuotaService
 from kachery_lab.services.received_feeds import ReceivedFeeds
+from kachery_lab.services.resource_providers import ResourceProviders
 from kachery_lab.services.resources import ResourceService
 from kachery_lab.services.shares import Shares
 from kachery_lab.services.stats import Stats
@@ -143,6 +144,7 @@ class Node:
     tasks: TaskService
     origins: OriginService
     resources: ResourceService
+    resource_providers: ResourceProviders
     node_requests: NodeRequests
     hub: HubClient | None
     joined: JoinedHub | None
@@ -219,9 +221,10 @@ class Node:
                 log.warning("what is past its time was not removed", code=error.code)
 
     def stop(self) -> None:
-        """Ask the server to stop; long polls answer at once, bands are closed."""
+        """Ask the server to stop; long polls answer at once, bands and providers are closed."""
         self.stopping.set()
         self.hub_bands.close_all()
+        self.resource_providers.close_all()
         self.events.close()
 
     async def close(self) -> None:

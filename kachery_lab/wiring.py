@@ -57,6 +57,7 @@ from kachery_lab.services.pending import PendingUploads
 from kachery_lab.services.profiles import ProfileService
 from kachery_lab.services.quotas import QuotaService
 from kachery_lab.services.received_feeds import ReceivedFeeds
+from kachery_lab.services.resource_providers import ResourceProviders
 from kachery_lab.services.resources import ResourceService
 from kachery_lab.services.shares import Shares
 from kachery_lab.services.shelves import JoinedShelf, OwnShelf
@@ -227,7 +228,7 @@ def _open_bands(node: Node) -> None:
 
 
 def _open_resources(node: Node, policy: LinkPolicy) -> ResourceService:
-    """The directories that zones offer on demand. Raises StartRefused for one that holds files of the server."""
+    """What zones offer on demand. Raises StartRefused for a directory that holds files of the server."""
     for zone, directories in node.settings.resources.items():
         for directory in directories:
             for own in (node.storage.root, node.metadata.root):
@@ -240,7 +241,8 @@ def _open_resources(node: Node, policy: LinkPolicy) -> ResourceService:
     # A pool of its own: a resource mount that hangs must not stop the storage.
     disk = Disk(RESOURCE_THREADS, node.settings.disk_deadline)
     node._stack.callback(disk.close)
-    rules = (node.roles, node.blobs, node.buckets, node.origins, node.identity.node_id)
+    node.resource_providers = ResourceProviders(node.data, node.roles)
+    rules = (node.roles, node.blobs, node.buckets, node.origins, node.identity.node_id, node.resource_providers)
     return ResourceService(node.settings.resources, policy, disk, node.database, *rules)
 
 

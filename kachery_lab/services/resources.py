@@ -1,8 +1,9 @@
-"""Files of older kachery directories, which a zone offers on demand without copying them.
+"""Files that a zone offers on demand: those of older kachery directories, and those that a provider uploads.
 
-Asked for a file, the server looks for it in the zone's directories, hashes it, and refers to it in the zone; from then
-on it is read as any other, and hashed again when its fingerprint has changed. The zone's owner decides: this server's
-own node needs provideFiles there, and what was deleted in the zone stays absent.
+Asked for a file, the server looks for it in the zone's directories, hashes it, and refers to it in the zone without
+copying it; from then on it is read as any other, and hashed again when its fingerprint has changed. What is in no
+directory is asked of the zone's provider, if one is connected. The zone's owner decides: this server's own node needs
+provideFiles there, as does whoever provides, and what was deleted in the zone stays absent.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 from sqlalchemy import select
@@ -32,6 +33,7 @@ from kachery_lab.errors import Forbidden, KacheryLabError, LinkChanged, NotFound
 from kachery_lab.services.blobs import BlobService
 from kachery_lab.services.buckets import BucketService
 from kachery_lab.services.origins import OriginService
+from kachery_lab.services.resource_providers import ResourceProviders, State
 from kachery_lab.services.subjects import RoleService, Subject
 
 AT_ONCE = 2
@@ -41,8 +43,10 @@ MOST_WAITING = 100
 MOST_CANDIDATES = 8
 MISS_SECONDS = 10.0
 _MISSES = 10_000
-
-State = Literal["not-found", "queued", "running", "completed", "error"]
+MOST_ASKED = 1000
+"""Files that all providers together are asked for at the same time."""
+ASK_AGAIN_SECONDS = 60.0
+"""A provider that says of a file that it is at work is not asked for it again for so long: it would begin anew."""
 
 log = structlog.get_logger(__name__)
 
@@ -57,8 +61,12 @@ class Progress:
     error: str | None = None
 
 
+_Jobs = dict[tuple[str, str], tuple[asyncio.Task[None], Progress]]
+"""Work on files by zone and hash. It goes on when nobody waits for it."""
+
+
 class ResourceService:
-    """The resource directories of all zones."""
+    """The resource directories and providers of all zones."""
 
     def __init__(
         self,
@@ -71,6 +79,7 @@ class ResourceService:
         buckets: BucketService,
         origins: OriginService,
         own_node: NodeId,
+        providers: ResourceProviders,
     ) -> None:
         self._directories = directories
         self._policy = policy
@@ -81,7 +90,9 @@ class ResourceService:
         self._buckets = buckets
         self._origins = origins
         self._own = Subject("node", own_node)
-        self._jobs: dict[tuple[str, str], tuple[asyncio.Task[None], Progress]] = {}
+        self._providers = providers
+        self._jobs: _Jobs = {}
+        self._asked: _Jobs = {}
         self._misses: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._turn = asyncio.Semaphore(AT_ONCE)
 
@@ -91,14 +102,15 @@ class ResourceService:
         return list(self._directories)
 
     async def brings(self, channel: str, sha1: Sha1, wait: float) -> bool:
-        """Whether `request` completes within `wait` seconds. A file that was just not there is not looked for again for
-        MISS_SECONDS: whoever reads by hash does not wait for a person who is about to link it."""
-        if not self.offers(channel):
+        """Whether a file of the zone's directories becomes readable within `wait` seconds. One that was just not there
+        is not looked for again for MISS_SECONDS: whoever reads by hash does not wait for a person who is about to link
+        it. Providers are not asked."""
+        if channel not in self._directories:
             return False
         now = time.monotonic()
         if now - self._misses.get((channel, sha1), -MISS_SECONDS) < MISS_SECONDS:
             return False
-        progress = await self.request(channel, sha1, wait)
+        progress = await self._from_directories(channel, sha1, wait)
         if progress.state == "not-found":
             self._misses[channel, sha1] = now
             if len(self._misses) > _MISSES:
@@ -106,12 +118,22 @@ class ResourceService:
         return progress.state == "completed"
 
     def offers(self, channel: str) -> bool:
-        """Whether a zone has a resource directory at all."""
-        return channel in self._directories
+        """Whether a zone has a resource directory, or a provider now."""
+        return channel in self._directories or self._providers.of(channel) is not None
 
     async def request(self, channel: str, sha1: Sha1, wait: float) -> Progress:
-        """Make a file of a zone's directories readable there. Waits at most `wait` seconds; the work goes on, and
-        asking again tells how far it is. No rights of the caller are checked. Raises Unavailable."""
+        """Make a file of a zone's directories readable there, or have its provider upload it. Waits at most `wait`
+        seconds; the work goes on, and asking again tells how far it is. No rights of the caller are checked. Raises
+        Unavailable."""
+        until = time.monotonic() + wait
+        progress = await self._from_directories(channel, sha1, wait)
+        if progress.state != "not-found" or self._providers.of(channel) is None:
+            return progress
+        if await self._buckets.is_deleted(channel, file_path(sha1)):
+            return progress
+        return await self._from_provider(channel, sha1, until - time.monotonic())
+
+    async def _from_directories(self, channel: str, sha1: Sha1, wait: float) -> Progress:
         running = self._jobs.get((channel, sha1))
         if running is None:
             try:
@@ -120,56 +142,97 @@ class ResourceService:
                 return Progress("error", error=f"{error.message}; {error.hint}")
             if known is not None:
                 return known
-            running = self._jobs.get((channel, sha1)) or self._begin(channel, sha1)
+            most = AT_ONCE + MOST_WAITING
+            running = self._jobs.get((channel, sha1)) or self._begin(self._jobs, most, self._look, channel, sha1)
+        return await _waited(running, wait)
+
+    async def _from_provider(self, channel: str, sha1: Sha1, wait: float) -> Progress:
+        running = self._asked.get((channel, sha1))
         if running is None:
-            return Progress("queued")
-        task, progress = running
-        await asyncio.wait({task}, timeout=max(wait, 0.0))
-        return progress
+            running = self._begin(self._asked, MOST_ASKED, self._ask, channel, sha1)
+        return await _waited(running, wait)
 
     async def _known(self, channel: str, sha1: Sha1) -> Progress | None:
         """What is known without looking at any directory."""
-        path = ObjectPath.parse(file_path(sha1))
-        if await self._buckets.find(channel, path.text) is not None:
-            try:
-                return Progress("completed", await self._blobs.stat(sha1))
-            except (NotFound, LinkChanged, Quarantined):
-                pass
-        if not self.offers(channel) or await self._buckets.is_deleted(channel, path.text):
+        size = await self._size(channel, sha1)
+        if size is not None:
+            return Progress("completed", size)
+        if channel not in self._directories or await self._buckets.is_deleted(channel, file_path(sha1)):
             return Progress("not-found")
         self._roles.require(self._own, channel, Role.PROVIDE_FILES)
         return None
 
-    def _begin(self, channel: str, sha1: Sha1) -> tuple[asyncio.Task[None], Progress] | None:
-        if len(self._jobs) >= AT_ONCE + MOST_WAITING:
+    async def _size(self, channel: str, sha1: Sha1) -> int | None:
+        """The size of a file that the zone has and that can be read; None for any other."""
+        if await self._buckets.find(channel, file_path(sha1)) is None:
+            return None
+        try:
+            return await self._blobs.stat(sha1)
+        except (NotFound, LinkChanged, Quarantined):
+            return None
+
+    def _begin(
+        self,
+        jobs: _Jobs,
+        most: int,
+        work: Callable[[str, Sha1, Progress], Awaitable[None]],
+        channel: str,
+        sha1: Sha1,
+    ) -> tuple[asyncio.Task[None], Progress] | None:
+        if len(jobs) >= most:
             return None
         progress = Progress("queued")
-        task = asyncio.create_task(self._work(channel, sha1, progress))
-        self._jobs[channel, sha1] = task, progress
-        task.add_done_callback(lambda _: self._jobs.pop((channel, sha1)))
+        task = asyncio.create_task(self._settle(work, channel, sha1, progress))
+        jobs[channel, sha1] = task, progress
+        task.add_done_callback(lambda _: jobs.pop((channel, sha1)))
         return task, progress
 
-    async def _work(self, channel: str, sha1: Sha1, progress: Progress) -> None:
+    async def _settle(
+        self, work: Callable[[str, Sha1, Progress], Awaitable[None]], channel: str, sha1: Sha1, progress: Progress
+    ) -> None:
+        """Do the work; if it fails, the progress says so."""
         try:
-            async with self._turn:
-                progress.state = "running"
-                file = await self._verified(channel, sha1, progress)
-            if file is None:
-                progress.state = "not-found"
-                return
-            size = file.fingerprint.size
-            file.close()
-            here = await self._blobs.store_on_volume.stat(sha1) is not None
-            await self._origins.arriving(sha1, f"{self._own.name}/{channel}", here=here)
-            await self._buckets.refer(channel, ObjectPath.parse(file_path(sha1)), sha1, size, self._own)
-            progress.size = progress.done = size
-            progress.state = "completed"
+            await work(channel, sha1, progress)
         except KacheryLabError as error:
-            log.warning("a file of a resource directory cannot be offered", channel=channel, reason=error.message)
+            log.warning("a file of a resource cannot be offered", channel=channel, reason=error.message)
             progress.error, progress.state = error.message, "error"
         except Exception:
-            log.exception("a file of a resource directory cannot be offered", channel=channel)
+            log.exception("a file of a resource cannot be offered", channel=channel)
             progress.error, progress.state = "the server failed; its log says how", "error"
+
+    async def _look(self, channel: str, sha1: Sha1, progress: Progress) -> None:
+        async with self._turn:
+            progress.state = "running"
+            file = await self._verified(channel, sha1, progress)
+        if file is None:
+            progress.state = "not-found"
+            return
+        size = file.fingerprint.size
+        file.close()
+        here = await self._blobs.store_on_volume.stat(sha1) is not None
+        await self._origins.arriving(sha1, f"{self._own.name}/{channel}", here=here)
+        await self._buckets.refer(channel, ObjectPath.parse(file_path(sha1)), sha1, size, self._own)
+        progress.size = progress.done = size
+        progress.state = "completed"
+
+    async def _ask(self, channel: str, sha1: Sha1, progress: Progress) -> None:
+        progress.state = "running"
+        reply = await self._providers.ask(channel, sha1)
+        if reply.state != "completed":
+            progress.error, progress.state = reply.error, reply.state
+            if reply.state in ("queued", "running"):
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+            return
+        size = await self._size(channel, sha1)
+        if size is None:
+            progress.error = (
+                f"the provider says that it uploaded the file, and the zone {channel} does not have it: its "
+                "KACHERY_GATEWAY_URL or KACHERY_ZONE may name another place"
+            )
+            progress.state = "error"
+        else:
+            progress.size = progress.done = size
+            progress.state = "completed"
 
     async def open(self, sha1: Sha1) -> OpenFile | None:
         """The verified file of a blob that some zone's directories were found to have; None when there is none any
@@ -261,10 +324,19 @@ class ResourceService:
 
     async def close(self) -> None:
         """End the work; a file that is being hashed is left to its thread."""
-        tasks = [task for task, _ in self._jobs.values()]
+        tasks = [task for jobs in (self._jobs, self._asked) for task, _ in jobs.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _waited(job: tuple[asyncio.Task[None], Progress] | None, seconds: float) -> Progress:
+    """The progress of a job, at its end or after so long; a job that found no room has not begun."""
+    if job is None:
+        return Progress("queued")
+    task, progress = job
+    await asyncio.wait({task}, timeout=max(seconds, 0.0))
+    return progress
 
 
 def _fits(row: Any, file: OpenFile) -> bool:

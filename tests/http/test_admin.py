@@ -102,7 +102,11 @@ def test_nodes(world: World) -> None:
 def test_channels(world: World) -> None:
     made = send(world, "owner", "POST", "/channels", {"name": "tracking", "maxBytes": 10**12})
     assert (made.status, made.json()["owner"], made.json()["public"]) == (201, "ann", False)
-    assert send(world, "owner", "GET", "/channels/tracking").json() == {**made.json(), "usedBytes": 0}
+    assert send(world, "owner", "GET", "/channels/tracking").json() == {
+        **made.json(),
+        "usedBytes": 0,
+        "resourceProvider": None,
+    }
     changed = send(world, "owner", "PATCH", "/channels/tracking", {"maxBytes": None, "retentionDays": 7})
     assert changed.json() == {**made.json(), "maxBytes": None, "retentionDays": 7}
     assert send(world, "owner", "PATCH", "/channels/tracking", {}).json() == changed.json()

@@ -265,6 +265,8 @@ class World:
             named = {"resourceName": "recordings", "zone": "recordings", "request": wanted, "timeoutMsec": 0}
             target = path.replace("{token}", self.tokens["read"]).replace("{zone}", "recordings")
             return Call(method, target, json.dumps({"type": "requestFromClient", **named}).encode())
+        if path == "/p/{token}":
+            return Call(method, path.replace("{token}", self.tokens["write"]))
         if path.startswith("/sha1/"):
             return Call(method, path.replace("{hash}", SHA1).replace("{name}", "session.nwb"))
         if path == "/":

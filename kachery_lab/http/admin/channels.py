@@ -48,10 +48,12 @@ async def list_all(request: Request) -> Response:
 
 
 async def show(request: Request) -> Response:
-    """One channel, and how many bytes its objects have."""
-    actor, channels = authenticate(request), node_of(request).channels
-    channel = channels.require_owner(actor, request.path_params["channel"])
-    return JSONResponse({**to_json(channel), "usedBytes": await channels.used(actor, channel.name)})
+    """One channel, how many bytes its objects have, and who provides files on demand now."""
+    actor, node = authenticate(request), node_of(request)
+    channel = node.channels.require_owner(actor, request.path_params["channel"])
+    used, provider = await node.channels.used(actor, channel.name), node.resource_providers.of(channel.name)
+    now = {"usedBytes": used, "resourceProvider": None if provider is None else str(provider)}
+    return JSONResponse({**to_json(channel), **now})
 
 
 async def create(request: Request) -> Response:
@@ -123,9 +125,9 @@ OPERATIONS = (
         "GET",
         f"{ROOT}/channels/{{channel}}",
         show,
-        "One channel, and how many bytes its objects have",
+        "One channel, how many bytes its objects have, and whose program provides files on demand now",
         _WHO,
-        {200: record(**_FIELDS, usedBytes=whole(12345))},
+        {200: record(**_FIELDS, usedBytes=whole(12345), resourceProvider=nullable(text("user:ann at 10.0.0.7")))},
         None,
         _ONE,
         refusals=(404,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kachery_lab.errors import Forbidden, KacheryLabError, NotFound, TooManyRequests, Unauthenticated
@@ -32,6 +32,6 @@ def gateway_error(request: Request, error: KacheryLabError) -> Response:
     return PlainTextResponse(text, status(error), problem_headers(error))
 
 
-def resource_error(_request: Request, error: KacheryLabError) -> Response:
+def resource_error(_request: HTTPConnection, error: KacheryLabError) -> Response:
     """As the resource proxy says it."""
     return JSONResponse({"message": error.text}, status(error), problem_headers(error))

@@ -1,4 +1,4 @@
-"""`/r/{zone}`: a client asks for a file that somebody's directory has; here the server's own resource directories."""
+"""`/r/{zone}`: a client asks for a file that somebody's directory has: one of the server's own, or of a provider's."""
 
 from __future__ import annotations
 
