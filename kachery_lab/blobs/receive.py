@@ -68,18 +68,25 @@ def _check_limit(claim: Claim, size: int) -> None:
 
 
 def store_bytes(store: LocalBlobStore, data: bytes | bytearray, claim: Claim | None = None) -> Received:
-    """Blocking: store a blob that is in memory already."""
-    claim = claim or Claim()
+    """Blocking: store a blob that is in memory already. Raises as `receive`; then nothing is left behind."""
+    hasher, draft = _flushed(store, data, claim or Claim())
+    new, fingerprint = draft.place(hasher.sha1())
+    return _received(hasher, new, fingerprint)
+
+
+def _flushed(store: LocalBlobStore, data: bytes | bytearray, claim: Claim) -> tuple[StreamHasher, Draft]:
+    """Blocking: bytes that fit the claim, on the disk without a name yet. The caller places or discards the draft."""
     hasher = _hasher(len(data))
     hasher.update(data)
     _check(claim, hasher.sha1(), len(data))
     draft = store.draft()
     try:
         draft.write(data)
-        new, fingerprint = draft.commit(hasher.sha1())
-    finally:
+        draft.flush()
+    except BaseException:
         draft.discard()
-    return _received(hasher, new, fingerprint)
+        raise
+    return hasher, draft
 
 
 async def pieces(stream: AsyncIterable[bytes | bytearray], size: int = PIECE) -> AsyncIterator[bytes | bytearray]:
@@ -137,20 +144,6 @@ async def _receive_small(
         preparing.cancelled() or preparing.exception()
         raise
     return _received(hasher, new, fingerprint)
-
-
-def _flushed(store: LocalBlobStore, data: bytes | bytearray, claim: Claim) -> tuple[StreamHasher, Draft]:
-    hasher = _hasher(len(data))
-    hasher.update(data)
-    _check(claim, hasher.sha1(), len(data))
-    draft = store.draft()
-    try:
-        draft.write(data)
-        draft.flush()
-    except BaseException:
-        draft.discard()
-        raise
-    return hasher, draft
 
 
 async def _receive_large(

@@ -54,16 +54,16 @@ def no_fsync() -> None:
 
 def acknowledge_anyway() -> None:
     """F4: an error while a blob is made durable is swallowed, as a stream without an error listener swallows it."""
-    before = local.Draft.commit
+    before = local.Draft.place
 
-    def commit(self: Any, sha1: Any) -> Any:
+    def place(self: Any, sha1: Any) -> Any:
         found = local.Fingerprint.of(os.fstat(self._fd))
         try:
             return before(self, sha1)
         except OSError:
             return True, found
 
-    local.Draft.commit = commit
+    local.Draft.place = place
 
 
 def fsync_again() -> None:

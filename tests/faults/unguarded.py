@@ -248,11 +248,11 @@ def any_bytes() -> None:
     def check(claim: Any, sha1: str, _size: int) -> None:
         claimed[sha1] = claim.sha1 or sha1
 
-    def commit(self: Any, sha1: str) -> Any:
+    def place(self: Any, sha1: str) -> Any:
         return before(self, claimed.pop(sha1, sha1))
 
-    before = local.Draft.commit
-    local.Draft.commit = commit
+    before = local.Draft.place
+    local.Draft.place = place
     receive._check = check
     no_read_hash()
 
