@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from kachery_lab.core.ids import ChannelName, FileKey, Sha1, parse_whole_number
 from kachery_lab.errors import Gone, NotFound
-from kachery_lab.http.bodies import optional, require_fields, required
+from kachery_lab.http.bodies import optional, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.protocols.daemon2021.auth import local_class
-from kachery_lab.http.protocols.daemon2021.translate import Answer, body_of
+from kachery_lab.http.protocols.daemon2021.translate import Answer, fields_of
 from kachery_lab.http.public_url import base_url
 from kachery_lab.node import Node
 from kachery_lab.services.offers import Progress
@@ -29,8 +29,7 @@ _CREATE_URL = {"channelName": required(str), "sha1": required(str), "size": opti
 async def upload_file(request: Request) -> Response:
     """A file that is here, of any size, into a channel's bucket."""
     principal = local_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _UPLOAD)
+    fields = await fields_of(request, _UPLOAD)
     sha1, channel = Sha1.parse(fields["sha1"]), ChannelName.parse(fields["channel"], "channel")
     hub = await node_of(request).offers.find(channel)
     await hub.upload(sha1, channel, principal)
@@ -40,8 +39,7 @@ async def upload_file(request: Request) -> Response:
 async def create_signed_file_upload_url(request: Request) -> Response:
     """Where the client PUTs a file itself, which need not be here."""
     principal = local_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _CREATE_URL)
+    fields = await fields_of(request, _CREATE_URL)
     sha1, channel = Sha1.parse(fields["sha1"]), ChannelName.parse(fields["channelName"])
     given = parse_whole_number(fields["size"], "size") if "size" in fields else None
     node = node_of(request)

@@ -13,7 +13,7 @@ from kachery_lab.errors import InvalidInput
 from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
-from kachery_lab.http.protocols.daemon2021.translate import JSON_TYPE, Answer, body_of, watches
+from kachery_lab.http.protocols.daemon2021.translate import JSON_TYPE, Answer, body_of, fields_of, watches
 from kachery_lab.services.watches import Span, WatchService
 
 _CREATE = {"feedName": optional(str)}
@@ -32,8 +32,7 @@ _WATCH = {
 async def create_feed(request: Request) -> Response:
     """A new feed, writeable here."""
     local_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _CREATE)
+    fields = await fields_of(request, _CREATE)
     name = FeedName.parse(fields["feedName"], "feedName") if "feedName" in fields else None
     return Answer({"success": True, "feedId": await node_of(request).feeds.create(name)})
 
@@ -41,8 +40,7 @@ async def create_feed(request: Request) -> Response:
 async def delete_feed(request: Request) -> Response:
     """Gone, with its messages; also true of what was never here."""
     local_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _FEED)
+    fields = await fields_of(request, _FEED)
     await node_of(request).feeds.delete(FeedId.parse(fields["feedId"], "feedId"))
     return Answer({"success": True})
 
@@ -50,8 +48,7 @@ async def delete_feed(request: Request) -> Response:
 async def get_feed_id(request: Request) -> Response:
     """The feed of a name; an unknown name is an answer, not an error."""
     browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _NAME)
+    fields = await fields_of(request, _NAME)
     feed_id = await node_of(request).feeds.id_for_name(FeedName.parse(fields["feedName"], "feedName"))
     return Answer({"success": feed_id is not None, "feedId": feed_id})
 
@@ -59,8 +56,7 @@ async def get_feed_id(request: Request) -> Response:
 async def get_feed_info(request: Request) -> Response:
     """Whether messages can be appended here; False for unknown feeds."""
     browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _FEED)
+    fields = await fields_of(request, _FEED)
     writeable = await node_of(request).feeds.is_writeable(FeedId.parse(fields["feedId"], "feedId"))
     return Answer({"success": True, "isWriteable": writeable})
 
@@ -91,8 +87,7 @@ async def _append(request: Request) -> Response:
 async def get_num_local_messages(request: Request) -> Response:
     """0 for what was never mentioned."""
     browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _SUBFEED)
+    fields = await fields_of(request, _SUBFEED)
     count = await node_of(request).watches.num_messages(
         FeedId.parse(fields["feedId"], "feedId"), SubfeedHash.parse(fields["subfeedHash"], "subfeedHash")
     )

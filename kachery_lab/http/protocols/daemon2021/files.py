@@ -13,7 +13,7 @@ from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.protocols.daemon2021.auth import browser_class, local_class
 from kachery_lab.http.protocols.daemon2021.channels import fetching
-from kachery_lab.http.protocols.daemon2021.translate import body_of, frame, stored
+from kachery_lab.http.protocols.daemon2021.translate import body_of, fields_of, frame, stored
 from kachery_lab.http.responses import ContentResponse
 from kachery_lab.node import Node
 from kachery_lab.services.blobs import Claim
@@ -39,8 +39,7 @@ async def store_file(request: Request) -> Response:
     """A copy of a file that the server can read itself."""
     principal = local_class(request)
     node = node_of(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _STORE_FILE)
+    fields = await fields_of(request, _STORE_FILE)
     file = await node.links.open_path(fields["localFilePath"])
     try:
         return stored(await node.blobs.store_open_file(file, principal))
@@ -52,8 +51,7 @@ async def link_file(request: Request) -> Response:
     """A file registered in place."""
     principal = local_class(request)
     node = node_of(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _LINK_FILE)
+    fields = await fields_of(request, _LINK_FILE)
     size = parse_whole_number(fields["size"], "size")
     # `mtime` stays the number that was sent: the client compares it with os.stat bit for bit.
     return stored(await node.links.link(node.blobs, fields["localFilePath"], size, fields["mtime"], principal))

@@ -16,7 +16,7 @@ from kachery_lab.errors import InvalidInput
 from kachery_lab.http.bodies import optional, require_fields, required
 from kachery_lab.http.context import node_of
 from kachery_lab.http.protocols.daemon2021.auth import browser_class
-from kachery_lab.http.protocols.daemon2021.translate import Answer, body_of
+from kachery_lab.http.protocols.daemon2021.translate import Answer, body_of, fields_of
 from kachery_lab.http.public_url import base_url
 from kachery_lab.services.task_registrations import Assignment, OfferedFunction
 
@@ -114,8 +114,7 @@ def _milliseconds(value: float, where: str = "timeoutMsec") -> float:
 async def update_task_status(request: Request) -> Response:
     """A backend reports; an overlong message is cut, not refused."""
     principal = browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _UPDATE)
+    fields = await fields_of(request, _UPDATE)
     await node_of(request).task_work.update(
         ChannelName.parse(fields["channelName"]),
         parse_task_id(fields["taskId"]),
@@ -129,8 +128,7 @@ async def update_task_status(request: Request) -> Response:
 async def create_signed_task_result_upload_url(request: Request) -> Response:
     """Where a backend PUTs the result of a task; `taskId` is the task's hash."""
     principal = browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _UPLOAD)
+    fields = await fields_of(request, _UPLOAD)
     url = await node_of(request).task_work.upload_url(
         ChannelName.parse(fields["channelName"]),
         Sha1.parse(fields["taskId"], "taskId"),
@@ -147,8 +145,7 @@ def _absolute(request: Request, url: str) -> str:
 async def request_task(request: Request) -> Response:
     """Ask for a task, and wait a little. `requestId` makes a repeated call the same request."""
     principal = browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _REQUEST)
+    fields = await fields_of(request, _REQUEST)
     outcome = await node_of(request).tasks.request(
         ChannelName.parse(fields["channelName"]),
         TaskFunctionId.parse(fields["taskFunctionId"]),
@@ -171,8 +168,7 @@ async def wait_for_task_result(request: Request) -> Response:
     """Wait for the final status. For actions the client sends null for the URL; it is not used for the others either,
     for the channel says where a result lies."""
     principal = browser_class(request)
-    async with body_of(request) as body:
-        fields = require_fields(body, _WAIT)
+    fields = await fields_of(request, _WAIT)
     url = fields.get("taskResultUrl")
     if url is not None and not url.startswith(("http://", "https://")):
         raise InvalidInput(f"taskResultUrl: expected null or a URL, got {shorten(url)}")

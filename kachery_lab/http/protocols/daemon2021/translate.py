@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from kachery_lab.core.ids import FeedId, SubfeedHash, parse_fields, parse_whole_number
 from kachery_lab.errors import InvalidInput
-from kachery_lab.http.bodies import json_body
+from kachery_lab.http.bodies import Field, json_body, require_fields
 from kachery_lab.http.context import budget_of, node_of
 from kachery_lab.services.blobs import StoredBlob
 from kachery_lab.services.watches import Watch
@@ -39,6 +40,13 @@ async def body_of(request: Request) -> AsyncIterator[object]:
         if not isinstance(value, dict | list):
             raise InvalidInput("the body: expected a JSON object")
         yield value
+
+
+async def fields_of(request: Request, spec: Mapping[str, Field]) -> dict[str, Any]:
+    """The fields of the body, which from then on no longer counts as JSON in flight. Raises what `require_fields`
+    raises."""
+    async with body_of(request) as body:
+        return require_fields(body, spec)
 
 
 def stored(blob: StoredBlob) -> Answer:
