@@ -137,6 +137,12 @@ class Settings(BaseSettings):
         default=("https://figurl.org", "https://www.figurl.org"), description="Browser origins that may use that port"
     )
     min_free: Size = Field(default=0, description="Bytes that stay free on the storage; below, uploads get 507")
+    max_connections: int = Field(
+        default=2000,
+        ge=1,
+        le=100_000,
+        description="Connections open at once; more get 503. Each needs two open files of the process's limit",
+    )
     max_uploads: Annotated[int, Field(gt=0)] = Field(
         default=200, description="Uploads that one caller may have under way; more get 429"
     )
@@ -227,8 +233,14 @@ class Settings(BaseSettings):
         return (init_settings, env_settings, _SecretFiles(settings_cls))
 
     def origin(self, field: str) -> str:
-        """Where the value of a field came from: `flag`, the variable's name, or `default`."""
+        """Where the value of a field came from: `flag`, the variable's name, `default`, or what `with_value` says."""
         return self._origins.get(field, "default")
+
+    def with_value(self, field: str, value: object, origin: str) -> Settings:
+        """These settings with a value that the program chose for one field; `origin` says why."""
+        changed = self.model_copy(update={field: value})
+        changed._origins = {**self._origins, field: origin}
+        return changed
 
     @property
     def advertised(self) -> Path:

@@ -193,6 +193,15 @@ def free_port() -> int:
             return port
 
 
+def connections_of(port: int) -> int:
+    """IPv4 connections to this port that a server has taken and not closed."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established, closed_by_the_client = "01", "08"
+    ours = [row for row in rows if int(row[1].rpartition(":")[2], 16) == port]
+    # One that waits to be taken is nobody's file yet.
+    return sum(row[3] in (established, closed_by_the_client) and row[9] != "0" for row in ours)
+
+
 def files_below(root: Path) -> list[Path]:
     """Regular files below a directory."""
     return [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]

@@ -81,6 +81,15 @@ def test_flags_beat_the_environment_which_beats_the_default(monkeypatch):
     ]
 
 
+def test_a_value_that_the_program_chose_says_why(monkeypatch):
+    monkeypatch.setenv("KACHERY_LAB_LABEL", "from-env")
+    settings = load_settings()
+    changed = settings.with_value("max_connections", 7, "a small machine")
+    assert (changed.max_connections, changed.origin("max_connections")) == (7, "a small machine")
+    assert (changed.label, changed.origin("label")) == ("from-env", "KACHERY_LAB_LABEL")
+    assert (settings.max_connections, settings.origin("max_connections")) == (2000, "default")
+
+
 def test_paths_are_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/ada")
@@ -132,6 +141,9 @@ def test_which_are_secret():
         ("KACHERY_LAB_LOG_LEVEL", "loud"),
         ("KACHERY_LAB_ALLOW_HALT", "perhaps"),
         ("KACHERY_LAB_DISK_DEADLINE", "0"),
+        ("KACHERY_LAB_MAX_CONNECTIONS", "0"),
+        ("KACHERY_LAB_MAX_CONNECTIONS", "100001"),
+        ("KACHERY_LAB_MAX_CONNECTIONS", "2 thousand"),
     ],
 )
 def test_a_wrong_value_names_its_variable(monkeypatch, name, value):

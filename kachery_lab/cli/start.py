@@ -20,6 +20,8 @@ import uvicorn
 from kachery_lab.app import AdminSocket, create_app, create_figurl_app
 from kachery_lab.cli.options import server_options
 from kachery_lab.errors import StartRefused
+from kachery_lab.http.deadlines import EdgeLimits
+from kachery_lab.http.descriptors import OPERATOR_CONNECTIONS, fit_connections
 from kachery_lab.http.server import build_server
 from kachery_lab.node import Node, open_node
 from kachery_lab.observability import logging
@@ -40,6 +42,7 @@ def run_server(settings: Settings) -> None:
     # Every file's mode is stated where it is made; a strict umask would hide blobs from clients that mount them.
     os.umask(0o022)
     logging.configure(settings.log_format, settings.log_level)
+    settings = fit_connections(settings)
     # Before the node is opened: a port that is taken must not cost a volume check.
     sockets = listen(settings.bind, settings.port)
     figurl = listen_figurl(settings)
@@ -93,9 +96,10 @@ async def _serve(node: Node, sockets: list[socket.socket], figurl: list[socket.s
     for reason in plain_http(node.settings):
         log.warning(reason, hint="Keep it in a trusted network, or put TLS in front")
     app = create_app(node)
-    server = build_server(app, cors_origins=node.settings.cors_origins)
-    operator = build_server(AdminSocket(app), cors_origins=())
-    local = build_server(create_figurl_app(node), cors_origins=node.settings.figurl_origins)
+    limits = EdgeLimits(max_connections=node.settings.max_connections)
+    server = build_server(app, limits=limits, cors_origins=node.settings.cors_origins)
+    operator = build_server(AdminSocket(app), limits=EdgeLimits(max_connections=OPERATOR_CONNECTIONS), cors_origins=())
+    local = build_server(create_figurl_app(node), limits=limits, cors_origins=node.settings.figurl_origins)
     operator.config.lifespan = local.config.lifespan = "off"
     _catch_signals(node, server)
     for one in (server, operator, local):

@@ -29,6 +29,11 @@ class EdgeLimits:
     # After a refusal the connection is half closed this long: so the answer reaches a client that is still sending.
     linger: float = 2.0
 
+    @property
+    def most_open(self) -> int:
+        """Connections that may be open when those that were refused, which linger, are counted too."""
+        return self.max_connections + self.max_connections // 10 + 1
+
 
 class RequestTooSlow(Unavailable):
     """The request did not arrive in time (408)."""

@@ -43,7 +43,7 @@ class GuardedProtocol(RefusingProtocol):
         if len(self.connections) > most:
             bad_requests.note("too_many_connections", peer=self.client)
             self._answer(503, Unavailable(f"The server has {most} connections open.", retry_after=5))
-            if len(self.connections) > most + most // 10 + 1:
+            if len(self.connections) > self.limits.most_open:
                 # No lingering when lingering connections themselves are many.
                 transport.close()
 
