@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,9 @@ GATHER_SECONDS = 0.03
 PAGE_MESSAGES = 1000
 PAGE_CHARACTERS = 1 << 20
 MAX_WAIT_SECONDS = 3600.0
+WOKEN_AT_ONCE = 64
+"""So many of those whom one message wakes look for it at once. The event loop would do nothing else for seconds when
+thousands did, and others' requests wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class WatchService:
     def __init__(self, database: Database, events: Events) -> None:
         self._database = database
         self._events = events
+        self._woken = asyncio.Semaphore(WOKEN_AT_ONCE)
 
     async def num_messages(self, feed_id: FeedId, subfeed_hash: SubfeedHash) -> int:
         """How many messages are here; 0 for what was never mentioned."""
@@ -75,7 +80,8 @@ class WatchService:
             until = time.monotonic() + min(wait_ms / 1000, MAX_WAIT_SECONDS)
             with waiting():
                 while not found and await subscription.wait(until - time.monotonic()):
-                    found = await self._look(watches, max_messages)
+                    async with self._woken:
+                        found = await self._look(watches, max_messages)
                     if 0 < len(found) < len(watches):
                         # Others may be about to have some too.
                         await subscription.wait(min(GATHER_SECONDS, until - time.monotonic()))
