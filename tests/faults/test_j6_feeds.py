@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from kachery_lab.core.canonical_json import canonical_2021
 from kachery_lab.core.keys import PrivateKey
 from kachery_lab.core.signatures import sign_2021
+from tests.faults.feeds import SUBFEED, append, count, create, follow_until, memory, watch_body
 from tests.faults.hostile import HostileMember
 from tests.faults.lying_hub import LyingHub
 from tests.faults.report import Client, histogram, messages_of, report, wait_for, without
@@ -25,44 +24,9 @@ from tests.servers import RunningNode
 pytestmark = pytest.mark.slow
 
 Make = Callable[..., RunningNode]
-SUBFEED = "5" * 40
 
 
-def create(node: RunningNode) -> str:
-    return str(node.post("/feed/createFeed", {}).json()["feedId"])
-
-
-def append(node: RunningNode, feed: str, messages: list[Any], **more: Any) -> Any:
-    return node.post("/feed/appendMessages", {"feedId": feed, "subfeedHash": SUBFEED, "messages": messages, **more})
-
-
-def count(node: RunningNode, feed: str) -> int:
-    answer = node.post("/feed/getNumLocalMessages", {"feedId": feed, "subfeedHash": SUBFEED})
-    return int(answer.json()["numMessages"])
-
-
-def watch_body(feed: str, position: int, wait_ms: int) -> dict[str, Any]:
-    watch = {"feedId": feed, "subfeedHash": SUBFEED, "position": position, "channelName": CHANNEL}
-    return {"subfeedWatches": {"w": watch}, "waitMsec": wait_ms, "maxNumMessages": 1000}
-
-
-def follow_until(node: RunningNode, feed: str, total: int, seconds: float) -> float:
-    """Watch at the end until there are so many messages; seconds that it took."""
-    begun = time.monotonic()
-    while (have := count(node, feed)) < total:
-        assert time.monotonic() - begun < seconds, f"{have} of {total}\n{node.log[-3000:]}"
-        node.post("/feed/watchForNewMessages", watch_body(feed, have, 500))
-    return time.monotonic() - begun
-
-
-def memory(node: RunningNode) -> int:
-    """The greatest number of resident bytes so far."""
-    assert node.process is not None
-    status = Path(f"/proc/{node.process.pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
-
-
-# -- J6: long feeds, large messages, many who follow -------------------------------------------------------------------
+# -- J6: long feeds, large messages, many who subscribe ----------------------------------------------------------------
 
 
 def median_append(client: Client, feed: str) -> float:
@@ -125,58 +89,6 @@ def test_a_message_of_1_mib_travels_and_the_cap_is_413(make_node: Make) -> None:
     follow_until(beta, feed, 2, 30)
     assert messages_of(beta, feed, SUBFEED, signed=True) == messages_of(alpha, feed, SUBFEED, signed=True)
     report("J6 1 MiB", len(statuses), status_histogram=histogram(statuses))
-
-
-async def listen(node: RunningNode, feed: str, position: int, ready: asyncio.Semaphore) -> tuple[int, float]:
-    """One long poll on a socket of its own: (messages, when they were there)."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", node.port)
-    body = json.dumps(watch_body(feed, position, 60_000)).encode()
-    head = (
-        f"POST /feed/watchForNewMessages HTTP/1.1\r\nHost: localhost\r\nKACHERY-CLIENT-AUTH-CODE: {node.code}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
-    await writer.drain()
-    ready.release()
-    data = await reader.read()
-    writer.close()
-    return data.count(b'"n":'), time.monotonic()
-
-
-def many_listeners(make_node: Make, total: int) -> None:
-    lab = federate(make_node, "alpha", "beta")
-    alpha, beta = lab.members["alpha"], lab.members["beta"]
-    feed = create(alpha)
-    append(alpha, feed, [{"n": 0}])
-    follow_until(beta, feed, 1, 20)
-
-    async def run() -> list[tuple[int, float]]:
-        ready = asyncio.Semaphore(0)
-        tasks = []
-        for start in range(0, total, 100):
-            tasks += [asyncio.create_task(listen(beta, feed, 1, ready)) for _ in range(min(100, total - start))]
-            for _ in range(min(100, total - start)):
-                await ready.acquire()
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(2)
-        begun = time.monotonic()
-        assert (await asyncio.to_thread(append, alpha, feed, [{"n": 1}])).status == 200
-        return [(found, at - begun) for found, at in await asyncio.gather(*tasks)]
-
-    found = asyncio.run(run())
-    assert [messages for messages, _ in found] == [1] * total
-    last = max(at for _, at in found)
-    report("J6 listeners", total, last_delivery_seconds=round(last, 2), memory_mib=memory(beta) >> 20)
-    assert last < 10 + total / 100
-    assert append(alpha, feed, [{"n": 2}]).status == 200
-
-
-def test_1_000_listeners(make_node: Make) -> None:
-    many_listeners(make_node, 1000)
-
-
-def test_5_000_listeners(make_node: Make) -> None:
-    many_listeners(make_node, 5000)
 
 
 def uploads_for(lab: Federation, subscribers: int) -> tuple[int, int]:
