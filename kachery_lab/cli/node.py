@@ -31,8 +31,8 @@ def add(node_id: str, label: str, owner: str | None, **flags: Any) -> None:
 @node.command("list")
 @admin_options
 def list_nodes(**flags: Any) -> None:
-    """List nodes; one without a time under APPROVED waits."""
-    columns = {"APPROVED": "approvedAt", "REPORTED": "reportedAt", "NODE": "nodeId"}
+    """List nodes; one without a time under APPROVED waits, one with a time under CONNECTED hears us since then."""
+    columns = {"APPROVED": "approvedAt", "REPORTED": "reportedAt", "CONNECTED": "connectedAt", "NODE": "nodeId"}
     table(admin(flags, "GET", "nodes")["nodes"], LABEL="label", OWNER="owner", **columns)
 
 

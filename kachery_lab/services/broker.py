@@ -161,6 +161,10 @@ class HubBands:
         """Whether a node has a connection now."""
         return node_id in self._connections
 
+    def connected_at(self, node_id: NodeId) -> int | None:
+        """When the oldest of a node's connections was opened, in ms since 1970; None while it has none."""
+        return min((one.opened_at for one in self._connections.get(node_id, ())), default=None)
+
     def absent_for(self, node_id: NodeId) -> float | None:
         """Seconds since a node's last connection ended: 0 while it has one, None when it had none lately."""
         if node_id in self._connections:

@@ -75,6 +75,7 @@ class MemberConnection:
         self.node_id = node_id
         self.peer = peer
         self.on_change = on_change
+        self.opened_at = int(time.time() * 1000)
         self.wanted: set[Topic] = set()
         self.active: set[Topic] = set()
         self.end: End | None = None

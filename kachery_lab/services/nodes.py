@@ -45,9 +45,14 @@ class NodeService:
 
     def _record(self, node_id: NodeId) -> NodeRecord:
         node = self._data.nodes.get(node_id)
-        if node is None:
-            raise NotFound(f"there is no node {node_id}")
-        return node
+        if node is not None:
+            return node
+        if node_id == self._own:
+            raise NotFound(
+                f"this server's own node {node_id} is not registered yet",
+                hint="Starting the server once registers it: kachery-lab start",
+            )
+        raise NotFound(f"there is no node {node_id}")
 
     def require_speaker(self, actor: Principal, node_id: NodeId) -> NodeRecord:
         """The node, if the caller may speak for it. Raises NotFound, Forbidden."""

@@ -149,6 +149,17 @@ def test_joining_with_the_servers_own_node(node: RunningNode, tmp_path: Path) ->
     ok(run, "channel", "leave", "recordings")
 
 
+def test_joining_before_the_first_start_says_what_to_do(make_node: Callable[..., RunningNode]) -> None:
+    node = make_node()
+    run = here(node)
+    ok(run, "channel", "create", "recordings")
+    told = refused(run, "channel", "join", "recordings")
+    assert "own node" in told and "kachery-lab start" in told
+    assert "there is no node" in refused(run, "channel", "join", "recordings", "--node", NODE)
+    node.start()
+    ok(run, "channel", "join", "recordings")
+
+
 def test_the_settings_of_a_running_server(make_node: Callable[..., RunningNode], tmp_path: Path) -> None:
     """What it works with, not what the machine of the command would."""
     node = make_node(env={"KACHERY_LAB_RESTORE_DAYS": "7", "KACHERY_LAB_ADMIN_TOKEN": "a-token-of-20-letters"}).start()
@@ -215,6 +226,9 @@ def test_reindex_without_a_database(make_node: Callable[..., RunningNode]) -> No
     assert '"failed": 0' in ok(here(node), "reindex")
     node.start()
     after = [node.request("GET", f"/api/admin/v1{path}", auth=node.admin_token).json() for path in paths]
+    for answers in (before, after):
+        # The server's own node is connected anew.
+        answers[-1] = [{**row, "connectedAt": None} for row in answers[-1]["nodes"]]
     assert after == before
     assert node.request("GET", "/api/admin/v1/channels/recordings", auth=token).status == 200
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kachery_lab.core.signables import request_bytes
-from tests.federations import Federation, federation, frames, node_id
+from tests.faults.report import wait_for
+from tests.federations import SECONDS, Federation, federation, frames, node_id
 from tests.proxies import Cutter
 from tests.servers import RunningNode, blob_path, drafts
 
@@ -98,6 +99,35 @@ def test_an_unapproved_node_gets_nothing(lab: Federation, channel: str, make_nod
     stranger = make_node("stranger", env={"KACHERY_LAB_HUB_URL": f"http://127.0.0.1:{lab.hub.port}"}).start()
     assert lab.last(stranger, sha1, channel=channel)["type"] == "error"
     assert not blob_path(stranger.storage, sha1).exists()
+
+
+def test_whether_a_node_is_connected_is_shown(
+    lab: Federation, channel: str, make_node: Callable[..., RunningNode]
+) -> None:
+    begun = int(time.time() * 1000)
+    guest = make_node("guest", env={"KACHERY_LAB_HUB_URL": f"http://127.0.0.1:{lab.hub.port}"}).start()
+    name = node_id(guest)
+    lab.approve(name)
+    lab.join(guest, channel)
+
+    def connected_at() -> int | None:
+        rows = {row["nodeId"]: row for row in lab.admin("GET", "/nodes")["nodes"]}
+        assert rows[node_id(lab.hub)]["connectedAt"] < begun
+        return rows[name]["connectedAt"]  # type: ignore[no-any-return]
+
+    def shown() -> str:
+        """The cell of the list, without the time of day."""
+        heading, *rows = lab.hub.run_cli("node", "list").stdout.splitlines()
+        (row,) = (row for row in rows if name in row)
+        return row[heading.index("CONNECTED") :].split()[0]
+
+    wait_for(lambda: connected_at() is not None, "the guest is connected", SECONDS)
+    found = connected_at()
+    assert found is not None and begun <= found <= time.time() * 1000
+    assert shown() == time.strftime("%Y-%m-%d", time.localtime(found / 1000))
+    guest.kill()
+    wait_for(lambda: connected_at() is None, "the guest is gone", SECONDS)
+    assert shown() == "-"
 
 
 def test_a_large_file_by_its_chunks(lab: Federation, member: RunningNode, channel: str) -> None:

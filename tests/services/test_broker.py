@@ -280,6 +280,8 @@ def test_connections_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     async def work(node: Node) -> None:
         member = await Member(16).enter(node)
         hub = node.hub_bands
+        opened = hub.connected_at(member.id)
+        assert opened is not None and abs(opened - time.time() * 1000) < 60_000
         first, second = hub.open(member.id, alone=True), hub.open(member.id, alone=True)
         assert first.end is not None
         assert first.end.code == "replaced"
@@ -287,13 +289,14 @@ def test_connections_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         hub.open(member.id)
         with pytest.raises(TooManyRequests):
             hub.open(member.id)
+        assert hub.connected_at(member.id) == opened, "the oldest one counts"
         assert hub.absent_for(member.id) == 0
         assert hub.absent_for(NodeId("0" * 64)) is None
         for one in hub.connections:
             if one.node_id == member.id:
                 hub.close(one)
                 hub.close(one)
-        assert not hub.present(member.id)
+        assert not hub.present(member.id) and hub.connected_at(member.id) is None
         assert 0 < (hub.absent_for(member.id) or 0) < 1
         again = hub.open(member.id)
         hub.close_all()

@@ -13,21 +13,23 @@ from kachery_lab.http.admin.room import LABEL, NODE, OTHER_NODE_ID, ROOT, TIME, 
 from kachery_lab.http.bodies import optional, required
 from kachery_lab.http.context import authenticate, node_of
 from kachery_lab.http.describe import Operation, array, body_of, flag, nullable, record
+from kachery_lab.node import Node
 from kachery_lab.services.access_data import NodeRecord
 
 _ADD = {"nodeId": required(str), "label": required(str), "owner": optional(str)}
 _CHANGE = {"approved": optional(bool), "label": optional(str), "owner": optional(str)}
 
 
-def to_json(node: NodeRecord) -> dict[str, Any]:
-    """A node as shown."""
+def to_json(hub: Node, found: NodeRecord) -> dict[str, Any]:
+    """A node as shown. `connectedAt`: since when it hears the bands of this hub's channels; null while it does not."""
     return {
-        "nodeId": node.node_id,
-        "owner": node.owner,
-        "label": node.label,
-        "createdAt": node.created_at,
-        "approvedAt": node.approved_at,
-        "reportedAt": node.reported_at,
+        "nodeId": found.node_id,
+        "owner": found.owner,
+        "label": found.label,
+        "createdAt": found.created_at,
+        "approvedAt": found.approved_at,
+        "reportedAt": found.reported_at,
+        "connectedAt": hub.hub_bands.connected_at(NodeId(found.node_id)),
     }
 
 
@@ -38,14 +40,14 @@ def node_id_of(request: Request) -> NodeId:
 
 async def list_all(request: Request) -> Response:
     """All nodes for an admin, their own for others."""
-    actor = authenticate(request)
-    return JSONResponse({"nodes": [to_json(node) for node in node_of(request).nodes.list(actor)]})
+    actor, hub = authenticate(request), node_of(request)
+    return JSONResponse({"nodes": [to_json(hub, node) for node in hub.nodes.list(actor)]})
 
 
 async def show(request: Request) -> Response:
     """One node."""
-    actor = authenticate(request)
-    return JSONResponse(to_json(node_of(request).nodes.require_speaker(actor, node_id_of(request))))
+    actor, hub = authenticate(request), node_of(request)
+    return JSONResponse(to_json(hub, hub.nodes.require_speaker(actor, node_id_of(request))))
 
 
 async def add(request: Request) -> Response:
@@ -53,7 +55,8 @@ async def add(request: Request) -> Response:
     actor, body = authenticate(request), await body_of_request(request, _ADD)
     node_id, label = NodeId.parse(body["nodeId"], "nodeId"), NodeLabel.parse(body["label"], "label")
     owner = UserName.parse(body.get("owner", actor.owner_name), "owner")
-    return JSONResponse(to_json(await node_of(request).nodes.add(actor, node_id, owner, label)), 201)
+    hub = node_of(request)
+    return JSONResponse(to_json(hub, await hub.nodes.add(actor, node_id, owner, label)), 201)
 
 
 async def change(request: Request) -> Response:
@@ -61,14 +64,15 @@ async def change(request: Request) -> Response:
     actor, node_id, body = authenticate(request), node_id_of(request), await body_of_request(request, _CHANGE)
     owner = UserName.parse(body["owner"], "owner") if "owner" in body else None
     label = NodeLabel.parse(body["label"], "label") if "label" in body else None
-    nodes = node_of(request).nodes
+    hub = node_of(request)
+    nodes = hub.nodes
     if not body.get("approved", True):
         raise InvalidInput("approved: a node is let in by true; to keep it out, remove it")
     if "approved" in body:
         await nodes.approve(actor, node_id)
     if owner is not None or label is not None or not body:
         await nodes.update(actor, node_id, owner, label)
-    return JSONResponse(to_json(nodes.require_speaker(actor, node_id)))
+    return JSONResponse(to_json(hub, nodes.require_speaker(actor, node_id)))
 
 
 async def remove(request: Request) -> Response:
@@ -79,7 +83,13 @@ async def remove(request: Request) -> Response:
 
 _WHO = ("admin", "channel-owner")
 _SHOWN = record(
-    nodeId=NODE, owner=USER, label=LABEL, createdAt=TIME, approvedAt=nullable(TIME), reportedAt=nullable(TIME)
+    nodeId=NODE,
+    owner=USER,
+    label=LABEL,
+    createdAt=TIME,
+    approvedAt=nullable(TIME),
+    reportedAt=nullable(TIME),
+    connectedAt=nullable(TIME),
 )
 _ONE = {"nodeId": NODE}
 OPERATIONS = (
