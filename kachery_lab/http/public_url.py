@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 import structlog
 from starlette.requests import HTTPConnection
@@ -46,12 +47,14 @@ def base_url(request: HTTPConnection) -> str:
 
 def hub_url(request: HTTPConnection) -> str:
     """`base_url` for a node, whose own clients follow it as well: the name that the node used may mean nothing to them.
-    The first node of another machine that gets one while KACHERY_LAB_PUBLIC_URL is not set is told of in the log.
+    The first node of another machine that gets one while KACHERY_LAB_PUBLIC_URL is not set is told of in the log; not
+    when it came through a trusted proxy under a name for all machines.
     """
     url, settings, known = base_url(request), node_of(request).settings, request.app.state
     if settings.public_url is None and not known.public_url_missed:
         peer = peer_of(request) or ""
-        if _is_elsewhere(peer, settings.trusted_proxies):
+        proxied = is_trusted(peer, settings.trusted_proxies)
+        if _is_elsewhere(peer, settings.trusted_proxies) and not (proxied and _is_for_others(url)):
             known.public_url_missed = True
             log.warning(
                 "nodes of other machines are given addresses that their clients may not reach",
@@ -66,6 +69,15 @@ def _is_elsewhere(peer: str, proxies: tuple[str, ...]) -> bool:
     """Whether a peer is another machine, or a proxy that speaks for others."""
     found = _address(peer)
     return found is not None and (not found.is_loopback or is_trusted(peer, proxies))
+
+
+def _is_for_others(url: str) -> bool:
+    """Whether the host of a URL is the same machine wherever it is used: not `localhost`, no loopback address."""
+    host = urlsplit(url).hostname or ""
+    found = _address(host)
+    if found is not None:
+        return not (found.is_loopback or found.is_unspecified)
+    return host != "localhost" and not host.endswith(".localhost")
 
 
 def file_url(request: HTTPConnection, found: Found) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kachery_lab.errors import StartRefused
-from kachery_lab.http.public_url import _is_elsewhere, is_trusted
+from kachery_lab.http.public_url import _is_elsewhere, _is_for_others, is_trusted
 from kachery_lab.settings import load_settings
 from tests.hubs import Hub
 from tests.logs import logged_to
@@ -84,6 +84,34 @@ def test_an_address_that_other_machines_may_not_reach_is_told_once(tmp_path: Pat
             assert ask(hub).json() == {"url": "http://localhost/bucket"}
     told = [line for line in warnings(tmp_path / "log") if "KACHERY_LAB_PUBLIC_URL" in line["hint"]]
     assert [(line["peer"], line["given"]) for line in told] == [("127.0.0.1", "http://localhost")]
+
+
+def test_a_name_by_which_a_proxy_was_reached_is_not_told(tmp_path: Path) -> None:
+    with logged_to(tmp_path / "log"), Hub(tmp_path / "hub", trusted_proxies=("127.0.0.1",)) as hub:
+        for host in ("data.lab.org", "192.0.2.7:8443"):
+            assert ask(hub, f"X-Forwarded-Host: {host}").json() == {"url": f"http://{host}/bucket"}
+        assert warnings(tmp_path / "log") == []
+        assert ask(hub, "X-Forwarded-Host: 127.0.0.1:8443").status == 200
+    assert [line["given"] for line in warnings(tmp_path / "log")] == ["http://127.0.0.1:8443"]
+
+
+@pytest.mark.parametrize(
+    ("url", "for_others"),
+    [
+        ("http://data.lab.org/kachery", True),
+        ("https://labhost:8443", True),
+        ("http://192.0.2.7", True),
+        ("http://[2001:db8::1]:80", True),
+        ("http://localhost:20431", False),
+        ("http://lab.localhost", False),
+        ("http://127.0.0.2:80", False),
+        ("http://[::1]:80", False),
+        ("http://0.0.0.0:80", False),
+        ("http://LOCALHOST", False),
+    ],
+)
+def test_hosts_for_others(url: str, for_others: bool) -> None:
+    assert _is_for_others(url) is for_others
 
 
 @pytest.mark.parametrize(
