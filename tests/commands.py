@@ -16,15 +16,29 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from kachery_lab.cli import main
+import click
+
+from kachery_lab.cli import cli, main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.warm"])
 # Starting a process asks after all the others: two threads that read one exit code would leave nothing for the second.
 _LOCK = threading.Lock()
+
+
+def all_commands(group: click.Group = cli, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command with its words, as `node list`; groups of commands are none."""
+    context = click.Context(group)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
+        assert command is not None, word
+        if isinstance(command, click.Group):
+            yield from all_commands(command, f"{name}{word} ")
+        else:
+            yield f"{name}{word}", command
 
 
 class CommandProcess:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.hubs import Hub
 from tests.logs import own_logging
+from tests.nodes import making_nodes
 from tests.servers import RunningNode
+from tests.zones import Zone
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,23 +32,24 @@ def log_of_its_own() -> Iterator[None]:
 @pytest.fixture
 def make_node(tmp_path: Path) -> Iterator[Callable[..., RunningNode]]:
     """Makes servers, not started; they are killed at the end."""
-    nodes: list[RunningNode] = []
-
-    def make(name: str = "node", **more: Any) -> RunningNode:
-        storage = more.pop("storage", tmp_path / name / "storage")
-        metadata = more.pop("metadata", tmp_path / name / "metadata")
-        for directory in (storage, metadata):
-            directory.mkdir(parents=True, exist_ok=True)
-        node = RunningNode(storage, metadata, **more)
-        nodes.append(node)
-        return node
-
-    yield make
-    for node in nodes:
-        node.kill()
+    with making_nodes(tmp_path) as make:
+        yield make
 
 
 @pytest.fixture
 def node(make_node: Callable[..., RunningNode]) -> RunningNode:
     """A running server."""
     return make_node().start()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A running hub for a whole module, without channels of its own but `default`."""
+    with Hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture
+def zone(hub: Hub) -> Zone:
+    """A new zone of the module's hub."""
+    return Zone(hub)

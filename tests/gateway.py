@@ -1,16 +1,20 @@
 """What kachery-cloud sends to a gateway, made by hand: signed in the Python client's dialect, or the browser's.
 
-And its whole requests to a hub in the test's process, with what they are answered.
+And its whole requests to a hub in the test's process, with what they are answered. A module that wants the fixtures
+binds their names: imported under the name of an argument, they would look like mistakes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
+
+import pytest
 
 from kachery_lab.core.ids import UserName
 from kachery_lab.core.keys import PrivateKey
@@ -20,6 +24,28 @@ from tests.hubs import Hub
 from tests.servers import Answer
 
 ZONE = "lab"
+OTHER = "others"
+PUBLIC = "open"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """With two private zones and a public one."""
+    with Hub(tmp_path_factory.mktemp("gateway")) as running:
+        for zone in (ZONE, OTHER, PUBLIC):
+            running.make_channel(zone, public=zone == PUBLIC)
+        yield running
+
+
+@pytest.fixture
+def writer(hub: Hub) -> CloudClient:
+    return make_writer(hub)
+
+
+@pytest.fixture
+def data() -> bytes:
+    """Bytes of a file that is nowhere yet."""
+    return os.urandom(1000)
 
 
 def python_text(value: object) -> str:

@@ -13,14 +13,15 @@ from tests.servers import RunningNode
 
 @contextmanager
 def making_nodes(root: Path) -> Iterator[Callable[..., RunningNode]]:
-    """Gives what makes servers below a directory, not started: a name, then fields of RunningNode. At the end they are
-    killed."""
+    """Gives what makes servers below a directory, not started: a name, then fields of RunningNode. One more of a name,
+    or of a directory that is given, has the same files. At the end they are killed."""
     nodes: list[RunningNode] = []
 
-    def make(name: str, **more: Any) -> RunningNode:
-        storage, metadata = root / name / "storage", root / name / "metadata"
+    def make(name: str = "node", **more: Any) -> RunningNode:
+        storage = more.pop("storage", root / name / "storage")
+        metadata = more.pop("metadata", root / name / "metadata")
         for directory in (storage, metadata):
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
         nodes.append(RunningNode(storage, metadata, **more))
         return nodes[-1]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 
 from kachery_lab import errors
-from kachery_lab.cli import cli
 from kachery_lab.client.problems import error_classes
 from kachery_lab.settings import Settings, is_secret, variable
+from tests.commands import all_commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,17 +24,6 @@ def documentation() -> str:
     text = "\n".join(path.read_text("utf-8") for path in paths)
     spelled = [f"{head} {word}" for head, words in _CHOICE.findall(text) for word in words.split("|")]
     return "\n".join([text, *spelled])
-
-
-def commands(group: click.Group, name: str) -> Iterator[str]:
-    context = click.Context(group)
-    for word in group.list_commands(context):
-        command = group.get_command(context, word)
-        assert command is not None, word
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{name} {word}")
-        else:
-            yield f"{name} {word}"
 
 
 def variables() -> list[str]:
@@ -58,7 +45,10 @@ def test_every_setting(name):
     assert mentions(documentation(), name)
 
 
-@pytest.mark.parametrize("name", [*commands(cli, "kachery-lab"), "kachery-daemon-start", "kachery-daemon-info"])
+COMMANDS = [f"kachery-lab {words}" for words, _ in all_commands()]
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "kachery-daemon-start", "kachery-daemon-info"])
 def test_every_command(name):
     assert mentions(documentation(), name)
 

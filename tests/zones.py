@@ -64,6 +64,12 @@ class Zone:
         }
         return self.ask("initiateFileUpload", key, **fields)
 
+    def announced(self, data: bytes, key: str | None = None) -> str:
+        """Where the bytes of a fresh announcement go."""
+        made = self.initiate(key or self.owner, data)
+        assert made.status == 200, made.body
+        return str(made.json()["signedUploadUrl"])
+
     def finalize(self, key: str | None, data: bytes, **changes: Any) -> Answer:
         sha1 = changes.pop("hash", sha1_of(data))
         zone = changes.get("zoneName", self.name)

@@ -105,6 +105,11 @@ class Client:
         self.close()
 
 
+def with_every_right(node: RunningNode) -> Client:
+    """A client whose refusals are never about rights."""
+    return Client(node, {"Authorization": f"Bearer {node.admin_token}"})
+
+
 def messages_of(node: RunningNode, feed_id: str, subfeed: str, *, signed: bool = False, position: int = 0) -> list[Any]:
     """Every message of a subfeed from `position`."""
     answer = node.post(

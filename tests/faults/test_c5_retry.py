@@ -5,63 +5,18 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from hashlib import sha1
 from typing import Any
 
-from tests.faults.report import messages_of, report, wait_for, without
-from tests.servers import RunningNode, files_below, free_port
+from tests.faults.report import messages_of, report, without
+from tests.proxies import LosingProxy
+from tests.servers import RunningNode, files_below
 
 Make = Callable[..., RunningNode]
 SUBFEED = "5" * 40
-
-
-class LossyProxy:
-    """Passes one request per connection to the server; while `losing`, the answer is read to its end and dropped."""
-
-    def __init__(self, target: int) -> None:
-        self.target = target
-        self.losing = False
-        self.lost = 0
-        self.port = free_port()
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                with client:
-                    self._pass(client)
-
-    def _pass(self, client: socket.socket) -> None:
-        with socket.create_connection(("127.0.0.1", self.target)) as server:
-            request = b""
-            while b"\r\n\r\n" not in request:
-                request += client.recv(65536)
-            head, _, body = request.partition(b"\r\n\r\n")
-            length = next(int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
-            while len(body) < length:
-                body += client.recv(65536)
-            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
-            server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
-            answer = b""
-            while piece := server.recv(65536):
-                answer += piece
-            assert answer.startswith(b"HTTP/1.1 2") or not self.losing, answer[:200]
-            if self.losing:
-                self.lost += 1
-            else:
-                client.sendall(answer)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
+APPEND = "appendMessages"
 
 
 def ask(port: int, token: str, method: str, path: str, body: bytes) -> tuple[int, Any] | None:
@@ -80,21 +35,19 @@ def ask(port: int, token: str, method: str, path: str, body: bytes) -> tuple[int
 
 def append(port: int, node: RunningNode, feed: str, messages: list[Any], request_id: str) -> tuple[int, Any] | None:
     body = {"feedId": feed, "subfeedHash": SUBFEED, "messages": messages, "requestId": request_id}
-    return ask(port, node.admin_token, "POST", "/feed/appendMessages", json.dumps(body).encode())
+    return ask(port, node.admin_token, "POST", f"/feed/{APPEND}", json.dumps(body).encode())
 
 
 def test_a_repeated_append_gets_the_first_answer_and_adds_nothing(make_node: Make) -> None:
     node = make_node().start()
-    proxy = LossyProxy(node.port)
-    try:
+    with LosingProxy(node.port) as proxy:
         feed = node.post("/feed/createFeed", {}).json()["feedId"]
         expected: list[Any] = []
         trials = 20
         for number in range(trials):
             messages = [{"number": number, "part": part} for part in range(number % 3 + 1)]
-            proxy.losing = True
+            proxy.losing.append(APPEND)
             assert append(proxy.port, node, feed, messages, f"id-{number}") is None
-            proxy.losing = False
             first = append(proxy.port, node, feed, messages, f"id-{number}")
             second = append(proxy.port, node, feed, messages, f"id-{number}")
             assert first == second == (200, {"success": True, "position": len(expected)})
@@ -102,7 +55,7 @@ def test_a_repeated_append_gets_the_first_answer_and_adds_nothing(make_node: Mak
             other = append(proxy.port, node, feed, [{"other": number}], f"id-{number}")
             assert other is not None and other[0] == 409
             assert (other[1]["code"], other[1]["success"]) == ("request_id_reused", False)
-        assert proxy.lost == trials
+        assert proxy.lost[APPEND] == trials
         assert messages_of(node, feed, SUBFEED) == expected
 
         # A message that another writer put behind it changes nothing, and neither does a restart.
@@ -120,9 +73,7 @@ def test_a_repeated_append_gets_the_first_answer_and_adds_nothing(make_node: Mak
         # The id belongs to its subfeed: on another one it is free.
         body = {"feedId": feed, "subfeedHash": "6" * 40, "messages": [{"x": 1}], "requestId": "id-0"}
         assert node.post("/feed/appendMessages", body, auth=node.admin_token).json()["position"] == 0
-        report("C5", trials, acked=trials, lost=0, duplicates=0, answers_lost=proxy.lost)
-    finally:
-        proxy.close()
+        report("C5", trials, acked=trials, lost=0, duplicates=0, answers_lost=proxy.lost[APPEND])
 
 
 def test_a_repeated_append_is_one_message_even_when_the_server_is_killed_between(make_node: Make) -> None:
@@ -130,12 +81,9 @@ def test_a_repeated_append_is_one_message_even_when_the_server_is_killed_between
     node = make_node().start()
     feed = node.post("/feed/createFeed", {}).json()["feedId"]
     for number in range(3):
-        proxy = LossyProxy(node.port)
-        try:
-            proxy.losing = True
+        with LosingProxy(node.port) as proxy:
+            proxy.losing.append(APPEND)
             assert append(proxy.port, node, feed, [{"n": number}], f"k{number}") is None
-        finally:
-            proxy.close()
         node.kill()
         if number == 1:
             # The database loses the row; the feeds log brings it back.
@@ -167,32 +115,25 @@ def test_equal_requests_at_the_same_moment_add_one_message(node: RunningNode) ->
 
 
 def test_a_repeated_blob_is_the_same_blob(node: RunningNode) -> None:
-    proxy = LossyProxy(node.port)
-    try:
-        data = os.urandom(100_000)
-        path = f"/api/v1/blobs/{sha1(data).hexdigest()}"
-        proxy.losing = True
+    data = os.urandom(100_000)
+    name = sha1(data).hexdigest()
+    path = f"/api/v1/blobs/{name}"
+    with LosingProxy(node.port) as proxy:
+        proxy.losing.append(name)
         assert ask(proxy.port, node.admin_token, "PUT", path, data) is None
-        wait_for(lambda: proxy.lost == 1, "the answer was dropped")
-        proxy.losing = False
+        assert proxy.lost[name] == 1
         again = ask(proxy.port, node.admin_token, "PUT", path, data)
-        assert again is not None and (again[0], again[1]["new"]) == (200, False)
-        assert len(files_below(node.storage / "sha1")) == 1
-    finally:
-        proxy.close()
+    assert again is not None and (again[0], again[1]["new"]) == (200, False)
+    assert len(files_below(node.storage / "sha1")) == 1
 
 
 def test_control_without_request_ids_the_message_is_there_twice(make_node: Make) -> None:
     node = make_node(prefix=without("no_request_id")).start()
     feed = node.post("/feed/createFeed", {}).json()["feedId"]
-    proxy = LossyProxy(node.port)
-    try:
-        proxy.losing = True
+    with LosingProxy(node.port) as proxy:
+        proxy.losing.append(APPEND)
         assert append(proxy.port, node, feed, [{"n": 0}], "id") is None
-        proxy.losing = False
         append(proxy.port, node, feed, [{"n": 0}], "id")
-    finally:
-        proxy.close()
     stored = messages_of(node, feed, SUBFEED)
     assert stored == [{"n": 0}, {"n": 0}]
     report("C5 control no_request_id", 1, duplicates=len(stored) - 1)

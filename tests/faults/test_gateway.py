@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,33 +24,16 @@ from kachery_lab.services.client_requests import WINDOW_MS, ClientRequests
 from kachery_lab.services.clients import ClientService
 from kachery_lab.services.principals import OPERATOR, Principal
 from kachery_lab.services.subjects import RoleService
+from tests import gateway as zones
 from tests.faults.report import histogram, report
-from tests.gateway import ZONE, CloudClient, announce, ask, finalization, make_client, make_writer, store
+from tests.gateway import OTHER, ZONE, CloudClient, announce, ask, finalization, make_client, store
 from tests.hubs import Hub
 from tests.proxies import LosingProxy
 
 pytestmark = pytest.mark.slow
+hub, writer, data = zones.hub, zones.writer, zones.data
 
-OTHER = "others"
 SMALL_ORDER = "01" + "00" * 31
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("gateway")) as running:
-        for zone in (ZONE, OTHER):
-            running.make_channel(zone)
-        yield running
-
-
-@pytest.fixture
-def writer(hub: Hub) -> CloudClient:
-    return make_writer(hub)
-
-
-@pytest.fixture
-def data() -> bytes:
-    return os.urandom(500)
 
 
 def is_found(hub: Hub, client: CloudClient, data: bytes, zone: str = ZONE) -> bool:

@@ -6,10 +6,8 @@ Every row has a positive control: with its guard taken out the loss shows.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,28 +15,13 @@ from kachery_lab.http import middleware
 from kachery_lab.http.protocols.gateway2022 import gateway, pages
 from kachery_lab.services import clients
 from kachery_lab.services.principals import OPERATOR
+from tests import gateway as zones
 from tests.faults.report import histogram, report
-from tests.gateway import ZONE, CloudClient, ask, make_writer
+from tests.gateway import ZONE, CloudClient, ask
 from tests.hubs import Hub
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("gateway-http")) as running:
-        running.make_channel(ZONE)
-        yield running
-
-
-@pytest.fixture
-def writer(hub: Hub) -> CloudClient:
-    return make_writer(hub)
-
-
-@pytest.fixture
-def data() -> bytes:
-    return os.urandom(500)
+hub, writer, data = zones.hub, zones.writer, zones.data
 
 
 def send_chunks(hub: Hub, path: str, size: int) -> tuple[int, int]:

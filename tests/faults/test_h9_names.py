@@ -10,7 +10,7 @@ from hashlib import sha1
 from pathlib import Path
 from urllib.parse import quote
 
-from tests.faults.report import Client, histogram, missing, report, wait_for, without
+from tests.faults.report import Client, histogram, missing, report, wait_for, with_every_right, without
 from tests.servers import RunningNode
 
 Make = Callable[..., RunningNode]
@@ -123,11 +123,6 @@ BODIES = [
 ]
 
 
-def admin_client(node: RunningNode) -> Client:
-    """May everything, so that a refusal is for the name alone."""
-    return Client(node, {"Authorization": f"Bearer {node.admin_token}"})
-
-
 def ask_all(client: Client) -> Iterator[tuple[str, object, int, str]]:
     for name in BAD:
         for send in PATHS:
@@ -153,7 +148,7 @@ def good_ones(client: Client) -> None:
 
 
 def test_bad_names_are_400_on_every_route(node: RunningNode) -> None:
-    client = admin_client(node)
+    client = with_every_right(node)
     good_ones(client)
     statuses = []
     for route, name, status, text in ask_all(client):
@@ -206,7 +201,7 @@ def test_names_that_are_not_escaped_at_all(node: RunningNode) -> None:
         statuses.append(status)
         assert status in (400, 404), (path, answer[:300])
         assert b"root:" not in answer and b"PRIVATE" not in answer
-    good_ones(admin_client(node))
+    good_ones(with_every_right(node))
     report("H9 raw", len(statuses), server_errors=0, status_histogram=histogram(statuses))
 
 
@@ -262,7 +257,7 @@ def traced(make_node: Make, *prefix: str) -> tuple[list[str], int]:
         if "PTRACE" in node.log or "ptrace" in node.log:
             missing("strace may not trace here")
         raise
-    client = admin_client(node)
+    client = with_every_right(node)
     good_ones(client)
     begin = trace.stat().st_size
     trials = sum(1 for _ in ask_all(client))

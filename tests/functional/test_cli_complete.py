@@ -3,7 +3,7 @@ command is an admin endpoint's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -16,6 +16,7 @@ from starlette.routing import compile_path
 from kachery_lab.cli import cli, operator
 from kachery_lab.http.admin import OPERATIONS
 from kachery_lab.http.describe import Operation, example
+from tests.commands import all_commands
 
 NO_ENDPOINT = {
     "start": "it is the server",
@@ -46,17 +47,6 @@ class Sent:
     command: str
     endpoint: str
     names: frozenset[str]
-
-
-def leaves(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Command]]:
-    context = click.Context(group)
-    for word in group.list_commands(context):
-        command = group.get_command(context, word)
-        assert command is not None, word
-        if isinstance(command, click.Group):
-            yield from leaves(command, f"{name}{word} ")
-        else:
-            yield f"{name}{word}", command
 
 
 def value_of(parameter: click.Parameter) -> str:
@@ -101,7 +91,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
         return {} if answer is None else example(answer)
 
     monkeypatch.setattr(operator, "ask", ask)
-    for name, command in leaves(cli):
+    for name, command in all_commands():
         if name in NO_ENDPOINT:
             continue
         current = name
@@ -134,14 +124,14 @@ def test_each_endpoint_has_a_command(requests: list[Sent]) -> None:
 
 
 def test_each_command_has_an_endpoint(requests: list[Sent]) -> None:
-    commands = {name for name, _ in leaves(cli)}
+    commands = {name for name, _ in all_commands()}
     assert {one.command for one in requests} == commands - set(NO_ENDPOINT)
     by_endpoint = {endpoint_of(operation): takes(operation) for operation in OPERATIONS}
     assert {one for one in requests if not one.names <= by_endpoint[one.endpoint]} == set()
 
 
 def test_no_exception_is_kept_that_is_none(requests: list[Sent]) -> None:
-    assert set(NO_ENDPOINT) <= {name for name, _ in leaves(cli)}
+    assert set(NO_ENDPOINT) <= {name for name, _ in all_commands()}
     assert set(NO_COMMAND) <= unsent(requests, {})
 
 

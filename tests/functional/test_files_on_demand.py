@@ -40,20 +40,32 @@ def beta(lab: Federation) -> RunningNode:
     return lab.members["beta"]
 
 
-def client_of(node: RunningNode, root: Path) -> Client:
+@pytest.fixture
+def storer(alpha: RunningNode, tmp_path: Path) -> Client:
     """A person beside a server, in whose directory the client looks."""
-    return Client(node.storage, node.port, root)
+    return Client(alpha.storage, alpha.port, tmp_path / "storer")
+
+
+@pytest.fixture
+def loader(beta: RunningNode, tmp_path: Path) -> Client:
+    """A person beside another one."""
+    return Client(beta.storage, beta.port, tmp_path / "loader")
 
 
 def test_the_published_client_loads_what_another_node_has(
-    lab: Federation, channel: str, alpha: RunningNode, beta: RunningNode, tmp_path: Path
+    lab: Federation,
+    channel: str,
+    alpha: RunningNode,
+    beta: RunningNode,
+    storer: Client,
+    loader: Client,
+    tmp_path: Path,
 ) -> None:
     """Seen not to be in the bucket before, and to be there after."""
     before = lab.puts()
     data = os.urandom(10_000)
     path = tmp_path / "trial.bin"
     path.write_bytes(data)
-    storer, loader = client_of(alpha, tmp_path / "storer"), client_of(beta, tmp_path / "loader")
     uri = storer.prints("kachery-store", path)
     bucket = f"{lab.as_node(beta).bucket_path(channel)}/{path_of_sha1(sha1_of(data))}"
     assert lab.hub.request("HEAD", bucket, auth=False).status == 404
@@ -70,13 +82,18 @@ def test_the_published_client_loads_what_another_node_has(
 
 
 def test_a_large_file_comes_in_chunks(
-    lab: Federation, channel: str, alpha: RunningNode, beta: RunningNode, tmp_path: Path
+    lab: Federation,
+    channel: str,
+    alpha: RunningNode,
+    beta: RunningNode,
+    storer: Client,
+    loader: Client,
+    tmp_path: Path,
 ) -> None:
     before = lab.puts()
     data = os.urandom(45_000_000)
     path = tmp_path / "recording.dat"
     path.write_bytes(data)
-    storer, loader = client_of(alpha, tmp_path / "storer"), client_of(beta, tmp_path / "loader")
     # A linked file: its bytes lie outside the store, and chunks are cut out of it as they are asked for.
     uri = storer.prints("kachery-link", path)
     assert "manifest=" in uri

@@ -1,4 +1,4 @@
-"""A running hub for each module; a private channel for each test, and a node with every role in it."""
+"""On the module's hub a private channel for each test, and nodes with every role in it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ import pytest
 
 from tests.hubs import Hub, LabNode
 from tests.members2021 import FORMATS, Wire, joined
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("hub")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kachery_lab.core.roles import Role
 from kachery_lab.services.principals import OPERATOR
+from tests import gateway
 from tests.gateway import (
+    PUBLIC,
     ZONE,
     CloudClient,
     announce,
@@ -20,32 +21,14 @@ from tests.gateway import (
     browser_text,
     finalization,
     make_client,
-    make_writer,
     ok,
     refused,
     store,
 )
 from tests.hubs import Hub, path_of, sha1_of
 
+hub, writer, data = gateway.hub, gateway.writer, gateway.data
 WINDOW = 15 * 60 * 1000
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("gateway")) as running:
-        running.make_channel(ZONE)
-        running.make_channel("open", public=True)
-        yield running
-
-
-@pytest.fixture
-def writer(hub: Hub) -> CloudClient:
-    return make_writer(hub)
-
-
-@pytest.fixture
-def data() -> bytes:
-    return os.urandom(1000)
 
 
 def find(hub: Hub, client: CloudClient, data: bytes, zone: str | None = ZONE) -> dict[str, Any]:
@@ -88,13 +71,13 @@ def test_finalize_without_zone(hub: Hub, writer: CloudClient, data: bytes) -> No
 
 def test_public_zone_needs_no_key(hub: Hub, data: bytes) -> None:
     owner = make_client(hub, "boss")
-    store(hub, owner, data, "open")
-    payload = CloudClient().file("findFile", data, "open")["payload"]
-    for envelope in (CloudClient().file("findFile", data, "open"), {"payload": payload}):
+    store(hub, owner, data, PUBLIC)
+    payload = CloudClient().file("findFile", data, PUBLIC)["payload"]
+    for envelope in (CloudClient().file("findFile", data, PUBLIC), {"payload": payload}):
         found = ok(ask(hub, envelope))
         assert hub.get(found["url"]).body == data
         assert "ticket" not in found["url"]
-    text = refused(ask(hub, CloudClient().file("initiateFileUpload", data, "open", size=len(data))), 401)
+    text = refused(ask(hub, CloudClient().file("initiateFileUpload", data, PUBLIC, size=len(data))), 401)
     assert "is not registered here" in text
 
 
@@ -232,7 +215,7 @@ def test_signatures(hub: Hub, writer: CloudClient, data: bytes) -> None:
         {**good, "signature": stranger.signature(good["payload"])},
         {**good, "fromClientId": stranger.id},
         {**good, "payload": {**good["payload"], "timestamp": good["payload"]["timestamp"] + 1}},
-        {**good, "payload": {**good["payload"], "zone": "open"}},
+        {**good, "payload": {**good["payload"], "zone": PUBLIC}},
         {key: value for key, value in good.items() if key != "signature"},
         {**good, "githubUserId": "boss", "githubAccessToken": "x"},
         {"payload": good["payload"], "githubUserId": "boss", "githubAccessToken": "x"},
@@ -288,17 +271,17 @@ def test_existence_is_not_told(hub: Hub, data: bytes) -> None:
 def test_a_hash_from_elsewhere_opens_nothing(hub: Hub, writer: CloudClient, data: bytes) -> None:
     store(hub, writer, data)
     owner = make_client(hub, "boss")
-    assert find(hub, owner, data, "open")["found"] is False
-    other = make_client(hub, "other", Role.PROVIDE_FILES | Role.REQUEST_FILES, "open")
-    announced = announce(hub, other, data, "open")
+    assert find(hub, owner, data, PUBLIC)["found"] is False
+    other = make_client(hub, "other", Role.PROVIDE_FILES | Role.REQUEST_FILES, PUBLIC)
+    announced = announce(hub, other, data, PUBLIC)
     assert announced["alreadyExists"] is False
     key = announced["objectKey"]
-    done = ask(hub, finalization(other, data, key, "open"))
+    done = ask(hub, finalization(other, data, key, PUBLIC))
     refused(done, 409)
-    assert find(hub, other, data, "open")["found"] is False
+    assert find(hub, other, data, PUBLIC)["found"] is False
     assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
-    assert ask(hub, finalization(other, data, key, "open")).status == 200
-    assert find(hub, other, data, "open")["found"] is True
+    assert ask(hub, finalization(other, data, key, PUBLIC)).status == 200
+    assert find(hub, other, data, PUBLIC)["found"] is True
 
 
 def test_finalize_of_something_else(hub: Hub, writer: CloudClient, data: bytes) -> None:
@@ -306,7 +289,7 @@ def test_finalize_of_something_else(hub: Hub, writer: CloudClient, data: bytes) 
     key = announced["objectKey"]
     assert hub.request("PUT", announced["signedUploadUrl"], data).status == 200
     for wrong, status in (
-        ({"objectKey": key.replace(ZONE, "open", 1)}, 400),
+        ({"objectKey": key.replace(ZONE, PUBLIC, 1)}, 400),
         ({"objectKey": "../" + key}, 400),
         ({"objectKey": key[:-1] + ("0" if key[-1] != "0" else "1")}, 400),
         ({"size": len(data) + 1}, 422),

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from urllib.parse import quote, urlencode
-
-import pytest
 
 from kachery_lab.core.ids import UserName
 from kachery_lab.services.principals import OPERATOR
@@ -17,12 +14,6 @@ from tests.servers import Answer
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}"
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("pages")) as running:
-        yield running
 
 
 def post(hub: Hub, path: str, **form: str) -> Answer:

@@ -22,11 +22,6 @@ HELLO = "2aae6c35c94fcfb415dbe95f408b9ce91ee846ed"
 
 
 @pytest.fixture
-def zone(hub: Hub) -> Zone:
-    return Zone(hub)
-
-
-@pytest.fixture
 def public(hub: Hub) -> Zone:
     return Zone(hub, public=True)
 

@@ -8,14 +8,8 @@ import pytest
 
 from kachery_lab.core.roles import Role
 from kachery_lab.services.principals import OPERATOR
-from tests.hubs import Hub
 from tests.servers import Answer
 from tests.zones import Zone, fresh
-
-
-@pytest.fixture
-def zone(hub: Hub) -> Zone:
-    return Zone(hub)
 
 
 @pytest.fixture

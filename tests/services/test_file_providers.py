@@ -3,146 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from kachery_lab.core.ids import ChannelName, ChunkOf, FileKey, NodeId, NodeLabel, Sha1, UserName
-from kachery_lab.core.objects import ObjectPath, file_path
-from kachery_lab.core.roles import Role
+from kachery_lab.core.ids import ChunkOf, FileKey, NodeId, Sha1
 from kachery_lab.errors import Forbidden, NotFound, StorageFull, Unavailable
-from kachery_lab.node import Node
 from kachery_lab.services import file_providers
-from kachery_lab.services.bands import BandHandlers, BandMessage
-from kachery_lab.services.blobs import Claim
-from kachery_lab.services.file_providers import FileProviders, Found, Terms
-from kachery_lab.services.shelves import OwnShelf
-from tests.services.opened import ADMIN, LOCAL, NODE, OTHER, run_on
-
-T = TypeVar("T")
-
-CHANNEL = ChannelName("recordings")
-
-
-class Bands:
-    def __init__(self) -> None:
-        self.said: list[tuple[str, str, str]] = []
-
-    async def publish(self, channel: str, body: dict[str, Any]) -> None:
-        self.said.append((channel, body["fileKey"]["sha1"], body["status"]))
-
-    def channels(self) -> Mapping[str, Role]:
-        return {}
-
-    def statuses(self, sha1: str) -> list[str]:
-        return [status for _, name, status in self.said if name == sha1]
-
-
-class Shelf:
-    """Somebody else's bucket: a dictionary that can be slow, or refuse."""
-
-    def __init__(self) -> None:
-        self.bucket: dict[str, bytes] = {}
-        self.terms_now: Terms | None = Terms("hub/recordings", True)
-        self.puts: list[str] = []
-        self.running = self.most = 0
-        self.seconds = 0.0
-        self.gate: asyncio.Event | None = None
-        self.fails: Exception | None = None
-
-    async def terms(self, channel: str, asker: NodeId) -> Terms | None:
-        return self.terms_now
-
-    async def shows(self, channel: str, sha1: Sha1) -> bool:
-        return sha1 in self.bucket
-
-    async def put(self, channel: str, key: FileKey, found: Found) -> None:
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            await asyncio.sleep(self.seconds)
-            if self.gate is not None:
-                await self.gate.wait()
-            if self.fails is not None:
-                raise self.fails
-            self.puts.append(key.sha1)
-            self.bucket[key.sha1] = b"".join([piece async for piece in found.content.read(found.start, found.end)])
-        finally:
-            self.running -= 1
-
-
-class World:
-    """A node with files, and providers of its own with a shelf."""
-
-    def __init__(self, node: Node, shelf: Shelf | OwnShelf | None = None) -> None:
-        self.node = node
-        self.handlers = BandHandlers()
-        self.bands = Bands()
-        self.shelf = Shelf()
-        self.providers = FileProviders(
-            self.handlers, node.blobs, node.files, node.origins, NodeId(node.identity.node_id)
-        )
-        self.providers.serve(self.bands, shelf or self.shelf)
-
-    async def store(self, data: bytes) -> Sha1:
-        async def stream() -> Any:
-            yield data
-
-        return (await self.node.blobs.store(stream(), Claim(size=len(data)), LOCAL)).sha1
-
-    async def request(self, key: FileKey | Sha1, sender: NodeId = NODE, channel: str = CHANNEL) -> None:
-        """Hand a request in, without waiting for what comes of it."""
-        key = key if isinstance(key, FileKey) else FileKey(key)
-        message = BandMessage(channel, "requestFiles", sender, {"type": "requestFile", "fileKey": key.to_json()})
-        for handler in self.handlers.of("requestFile"):
-            await handler(message, self.bands)
-
-    async def idle(self) -> None:
-        """Until nothing is being worked on."""
-        while self.providers._jobs:
-            await asyncio.sleep(0.005)
-
-    async def running(self, count: int) -> None:
-        """Until so many uploads run. Raises TimeoutError."""
-        async with asyncio.timeout(60):
-            while self.shelf.running < count:
-                await asyncio.sleep(0.005)
-
-    async def ask(self, key: FileKey | Sha1, **more: Any) -> list[str]:
-        """Statuses that one request brings."""
-        before = len(self.bands.said)
-        await self.request(key, **more)
-        await self.idle()
-        return [status for _, _, status in self.bands.said[before:]]
+from kachery_lab.services.file_providers import Terms
+from tests.services.opened import LOCAL, NODE, OTHER
+from tests.services.providing import World, chunk_key, in_world, sha1_of
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_providers, "LINGER", 0.05)
     monkeypatch.setattr(file_providers, "STARTED_AFTER", 0.1)
-
-
-def in_world(root: Path, work: Callable[[World], Awaitable[T]]) -> T:
-    async def run(node: Node) -> T:
-        world = World(node)
-        try:
-            return await work(world)
-        finally:
-            await world.providers.close()
-
-    return run_on(root, run)
-
-
-def sha1_of(data: bytes) -> Sha1:
-    return Sha1(hashlib.sha1(data).hexdigest())
-
-
-def chunk_key(data: bytes, parent: Sha1, start: int, end: int) -> FileKey:
-    return FileKey(sha1_of(data), None, ChunkOf(FileKey(parent), start, end))
 
 
 def test_a_local_file_is_provided_and_one_that_is_not_here_is_silence(tmp_path: Path) -> None:
@@ -188,7 +66,7 @@ def test_what_came_from_another_channel_is_never_offered(tmp_path: Path) -> None
         await origins.record(local_too, "hub/tracking")
         await origins.record(local_too, "local")
         for data in (b"mine", b"theirs", b"both", b"local too"):
-            await world.node.blobs.store_bytes(data, LOCAL.__class__("operator", "channel"))
+            await world.received(data)
         assert await world.ask(mine) == ["finished"]
         assert await world.ask(theirs) == []
         assert await world.ask(both) == ["finished"]
@@ -360,141 +238,6 @@ def test_a_storm_of_requests_is_cut_off_and_others_are_served(tmp_path: Path) ->
     in_world(tmp_path, work)
 
 
-# -- the own hub's shelf ----------------------------------------------------------------------------------------------
-
-
-async def furnish(node: Node) -> World:
-    """A private channel with this server's node, and NODE, which may ask for files."""
-    own = NodeId(node.identity.node_id)
-    await node.channels.create(ADMIN, CHANNEL, UserName("boss"))
-    await node.nodes.add(ADMIN, NODE, UserName("boss"), NodeLabel("rig-1"))
-    for member in (own, NODE):
-        await node.authorizations.join(ADMIN, CHANNEL, member)
-        await node.authorizations.grant(ADMIN, CHANNEL, "node", member, Role.ALL)
-    return World(node, OwnShelf(node.data, node.roles, node.buckets, node.uploads, node.files, own))
-
-
-def test_the_own_hub_adds_a_reference_that_counts_for_this_node(tmp_path: Path) -> None:
-    async def work(node: Node) -> None:
-        world = await furnish(node)
-        data = os.urandom(30_000)
-        sha1 = await world.store(data)
-        assert await node.buckets.find(CHANNEL, file_path(sha1)) is None
-        assert await world.ask(sha1) == ["finished"]
-        found = await node.buckets.find(CHANNEL, file_path(sha1))
-        assert found is not None and found.on_demand and found.principal == f"node:{node.identity.node_id}"
-        assert await node.buckets.used(CHANNEL) == 30_000
-        # A chunk becomes a file of its own.
-        part = data[10:20_000]
-        assert await world.ask(chunk_key(part, sha1, 10, 20_000)) == ["finished"]
-        assert await node.blobs.stat(sha1_of(part)) == len(part)
-
-    run_on(tmp_path, work)
-
-
-def test_only_for_those_who_may_request(tmp_path: Path) -> None:
-    async def work(node: Node) -> None:
-        world = await furnish(node)
-        sha1 = await world.store(b"for members")
-        assert await world.ask(sha1, sender=OTHER) == []
-        await node.authorizations.grant(ADMIN, CHANNEL, "node", NODE, Role.ALL & ~Role.REQUEST_FILES)
-        assert await world.ask(sha1) == []
-        await node.authorizations.grant(ADMIN, CHANNEL, "node", NODE, Role.REQUEST_FILES)
-        assert await world.ask(sha1) == ["finished"]
-        own = NodeId(node.identity.node_id)
-        await node.authorizations.grant(ADMIN, CHANNEL, "node", own, Role.ALL & ~Role.PROVIDE_FILES)
-        assert await world.ask(await world.store(b"more")) == []
-
-    run_on(tmp_path, work)
-
-
-def test_a_deleted_object_stays_deleted_until_it_is_uploaded_again(tmp_path: Path) -> None:
-    async def work(node: Node) -> None:
-        world = await furnish(node)
-        sha1 = await world.store(b"a patient's name")
-        path = file_path(sha1)
-        assert await world.ask(sha1) == ["finished"]
-        await node.channels.remove_object(ADMIN, CHANNEL, path)
-        assert await world.ask(sha1) == []
-        assert await node.buckets.find(CHANNEL, path) is None
-        hub = await node.offers.find(CHANNEL)
-        await hub.upload(sha1, CHANNEL, LOCAL)
-        found = await node.buckets.find(CHANNEL, path)
-        assert found is not None and not found.on_demand
-        assert await world.ask(sha1) == ["finished"]
-
-    run_on(tmp_path, work)
-
-
-def test_an_upload_makes_an_on_demand_reference_its_own_and_not_the_other_way(tmp_path: Path) -> None:
-    async def work(node: Node) -> None:
-        world = await furnish(node)
-        sha1 = await world.store(b"asked for first")
-        path = file_path(sha1)
-        assert await world.ask(sha1) == ["finished"]
-        hub = await node.offers.find(CHANNEL)
-        assert not (await hub.upload_url(sha1, CHANNEL, 15, LOCAL)).exists
-        await hub.upload(sha1, CHANNEL, LOCAL)
-        assert (await hub.upload_url(sha1, CHANNEL, 15, LOCAL)).exists
-        assert await world.ask(sha1) == ["finished"]
-        found = await node.buckets.find(CHANNEL, path)
-        assert found is not None and not found.on_demand
-
-    run_on(tmp_path, work)
-
-
-def test_a_channel_that_becomes_public_drops_what_was_on_demand(tmp_path: Path) -> None:
-    async def work(node: Node) -> None:
-        world = await furnish(node)
-        shown, uploaded = await world.store(b"shown on demand"), await world.store(b"uploaded")
-        hub = await node.offers.find(CHANNEL)
-        await hub.upload(uploaded, CHANNEL, LOCAL)
-        assert await world.ask(shown) == ["finished"]
-        await node.channels.update(ADMIN, CHANNEL, {"public": True})
-        assert await node.buckets.find(CHANNEL, file_path(shown)) is None
-        assert await world.ask(shown) == []
-        assert await world.ask(uploaded) == ["finished"]
-        with pytest.raises(Forbidden, match="only what was uploaded"):
-            await node.uploads.adopt(CHANNEL, shown, 15, hub_subject(node), on_demand=True)
-        # Its owner may decide otherwise; nobody without a name sees it then either.
-        own = NodeId(node.identity.node_id)
-        await node.authorizations.join(ADMIN, CHANNEL, own, offer="local", public_local=True)
-        assert await world.ask(shown) == ["finished"]
-        with pytest.raises(NotFound):
-            await node.buckets.open(CHANNEL, ObjectPath.parse(file_path(shown)), None)
-
-    run_on(tmp_path, work)
-
-
-def hub_subject(node: Node) -> Any:
-    from kachery_lab.services.subjects import Subject
-
-    return Subject("node", node.identity.node_id)
-
-
-def test_deletions_and_uploads_survive_a_rebuild(tmp_path: Path) -> None:
-    """The log alone says the same: what was on demand, what was deleted, what was uploaded over it."""
-    names: dict[str, Sha1] = {}
-
-    async def work(node: Node) -> None:
-        world = await furnish(node)
-        hub = await node.offers.find(CHANNEL)
-        for name in ("demand", "deleted", "promoted"):
-            names[name] = await world.store(name.encode())
-            assert await world.ask(names[name]) == ["finished"]
-        await node.channels.remove_object(ADMIN, CHANNEL, file_path(names["deleted"]))
-        await hub.upload(names["promoted"], CHANNEL, LOCAL)
-
-    run_on(tmp_path, work)
-    (tmp_path / "metadata" / "kachery-lab.db").unlink()
-
-    async def look(node: Node) -> dict[str, bool | None]:
-        found = {name: await node.buckets.find(CHANNEL, file_path(sha1)) for name, sha1 in names.items()}
-        return {name: None if reference is None else reference.on_demand for name, reference in found.items()}
-
-    assert run_on(tmp_path, look, rebuild=True) == {"demand": True, "deleted": None, "promoted": False}
-
-
 def test_the_manifest_of_a_channels_file_is_the_channels_too(tmp_path: Path) -> None:
     """What says something about a fetched file goes no further than the file."""
 
@@ -502,11 +245,7 @@ def test_the_manifest_of_a_channels_file_is_the_channels_too(tmp_path: Path) -> 
         data = os.urandom(20_000_001)
         await world.node.origins.record(sha1_of(data), "hub/tracking")
 
-        async def stream() -> Any:
-            yield data
-
-        operator = LOCAL.__class__("operator", "channel")
-        stored = await world.node.blobs.store(stream(), Claim(size=len(data)), operator)
+        stored = await world.received(data)
         assert stored.manifest_sha1 is not None
         assert await world.ask(stored.manifest_sha1) == []
         # Stored here by somebody of this node, both are this node's.
