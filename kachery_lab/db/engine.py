@@ -90,17 +90,17 @@ class Database:
         """Functions that wait for a reader."""
         return self._readers.queued
 
-    async def write(self, fn: Callable[[Connection], T]) -> T:
+    async def write(self, fn: Callable[[Connection], T], *, single: bool = False) -> T:
         """Run `fn` in an immediate transaction and return its value once that is durable.
 
         What `fn` raises undoes `fn` alone and is raised here. Raises `Unavailable` when the database is locked for
         longer than the busy timeout, cannot be written, or is closed, and `StorageFull` when it cannot grow; then
         nothing of `fn` is seen (after a failed fsync and a power cut it may still come back). Cancelling the caller
-        does not stop `fn`.
+        does not stop `fn`. `single`: `fn` runs one statement and raises nothing else, so it needs no savepoint.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._submit_write(Job(fn, future, loop))
+        self._submit_write(Job(fn, future, loop, single=single))
         return await _answer(future)
 
     def write_sync(self, fn: Callable[[Connection], T]) -> T:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Result
 class Job:
     """One function with the future of whoever waits for it. The thread that runs it fills `value` or `error`."""
 
-    __slots__ = ("deadline", "error", "fn", "future", "loop", "value")
+    __slots__ = ("deadline", "error", "fn", "future", "loop", "single", "value")
 
     def __init__(
         self,
@@ -23,11 +23,13 @@ class Job:
         future: asyncio.Future[Any] | concurrent.futures.Future[Any],
         loop: asyncio.AbstractEventLoop | None = None,
         deadline: float = 0.0,
+        single: bool = False,
     ) -> None:
         self.fn = fn
         self.future = future
         self.loop = loop
         self.deadline = deadline
+        self.single = single
         self.value: Any = None
         self.error: BaseException | None = None
 

@@ -19,7 +19,8 @@ MAX_GROUP = 256
 
 
 class Writer:
-    """Owns the writing connection. Each group runs in one BEGIN IMMEDIATE, each of its functions in a savepoint.
+    """Owns the writing connection. Each group runs in one BEGIN IMMEDIATE, each of its functions in a savepoint; a
+    single statement needs none, as SQLite undoes one that fails.
 
     Outcomes are handed over after the commit; when the group does not get committed, each waiter gets the reason
     instead, also one whose function had failed by itself: what that function saw may have been a neighbour's
@@ -112,16 +113,23 @@ class Writer:
 
     def _run_together(self, group: list[Job], connection: Connection, driver: sqlite3.Connection) -> None:
         for job in group:
+            if job.single:
+                self._call_inside(job, connection, driver)
+                continue
             driver.execute("SAVEPOINT one")
-            if not self._call(job, connection):
-                if not driver.in_transaction and job.error is not None:
-                    # After a full disk or an I/O error SQLite may drop the whole transaction, the neighbours' part too.
-                    raise _GroupLost from (job.error.__cause__ or job.error)
+            if not self._call_inside(job, connection, driver):
                 driver.execute("ROLLBACK TO one")
             # Fails when SQLite has dropped the transaction behind the back of a function that swallowed the error.
             driver.execute("RELEASE one")
         driver.execute("COMMIT")
         self.commits += 1
+
+    def _call_inside(self, job: Job, connection: Connection, driver: sqlite3.Connection) -> bool:
+        done = self._call(job, connection)
+        if not done and not driver.in_transaction and job.error is not None:
+            # After a full disk or an I/O error SQLite may drop the whole transaction, the neighbours' part too.
+            raise _GroupLost from (job.error.__cause__ or job.error)
+        return done
 
     def _call(self, job: Job, connection: Connection) -> bool:
         self._inside_function = True

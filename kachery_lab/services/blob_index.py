@@ -13,6 +13,7 @@ from kachery_lab.blobs.files import Fingerprint
 from kachery_lab.blobs.receive import Received
 from kachery_lab.core.ids import Sha1
 from kachery_lab.db.models import blobs
+from kachery_lab.db.prepared import Prepared
 from kachery_lab.services.principals import Principal
 
 
@@ -80,10 +81,10 @@ def _make_upsert() -> Insert:
     )
 
 
-_UPSERT = _make_upsert()
+_UPSERT = Prepared(_make_upsert())
 """Made once: making it takes longer than running it."""
 
 
 def upsert(conn: Connection, row: dict[str, Any]) -> None:
     """Insert a row, or renew what verification found in the one that is there. Who stored it first stays."""
-    conn.execute(_UPSERT, row)
+    _UPSERT(conn, row)

@@ -52,9 +52,9 @@ def writer_held(database: Database) -> Iterator[None]:
         holder.join()
 
 
-async def together(database: Database, *functions: Callable[[Connection], Any]) -> list[Any]:
+async def together(database: Database, *functions: Callable[[Connection], Any], single: bool = False) -> list[Any]:
     with writer_held(database):
-        tasks = [asyncio.create_task(database.write(fn)) for fn in functions]
+        tasks = [asyncio.create_task(database.write(fn, single=single)) for fn in functions]
         while database.queued_writes < len(functions):
             await asyncio.sleep(0.001)
     return await asyncio.gather(*tasks, return_exceptions=True)

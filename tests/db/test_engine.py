@@ -110,6 +110,18 @@ def test_a_failing_function_undoes_itself_only(database: Database) -> None:
     assert database.read_sync(keys) == [1, 2, 3, 60]
 
 
+def test_a_single_statement_that_fails_undoes_itself_only(database: Database) -> None:
+    def two_rows(connection: Connection) -> None:
+        run(connection, "INSERT INTO t (k) VALUES (20), (1)")
+
+    async def main() -> None:
+        outcomes = await together(database, put(1), put(1), two_rows, put(3), single=True)
+        assert [type(outcome) for outcome in outcomes] == [int, IntegrityError, IntegrityError, int]
+
+    asyncio.run(main())
+    assert database.read_sync(keys) == [1, 3]
+
+
 def test_no_answer_before_the_commit(database: Database, tmp_path: Path) -> None:
     seen = []
 

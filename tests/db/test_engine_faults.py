@@ -70,14 +70,15 @@ def test_a_disk_that_refuses_at_the_commit(database: Database, tmp_path: Path) -
     assert database.read_sync(lambda c: c.exec_driver_sql("PRAGMA integrity_check").scalar()) == "ok"
 
 
-def test_full(database: Database) -> None:
+@pytest.mark.parametrize("single", [False, True])
+def test_full(database: Database, single: bool) -> None:
     pages = database.write_sync(lambda c: c.exec_driver_sql("PRAGMA page_count").scalar())
     database.write_sync(lambda c: run(c, f"PRAGMA max_page_count = {pages}"))
     with pytest.raises(StorageFull):
         database.write_sync(put(1, "x" * 100_000))
 
     async def main() -> None:
-        outcomes = await together(database, put(2), put(3, "x" * 100_000), put(4))
+        outcomes = await together(database, put(2), put(3, "x" * 100_000), put(4), single=single)
         assert isinstance(outcomes[1], StorageFull)
         # Either SQLite kept the neighbours' part of the transaction, or they were told that it did not.
         acknowledged = [key for key, outcome in zip((2, 3, 4), outcomes, strict=True) if outcome == 1]
