@@ -84,10 +84,11 @@ def open_regular(path: str | Path) -> OpenFile:
         if error.errno != errno.ESTALE:
             raise
         fd = os.open(path, flags)
-    if not S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    file = OpenFile(fd)
+    if not S_ISREG(file.stat.st_mode):
+        file.close()
         raise FileNotFoundError(errno.ENOENT, "not a regular file")
-    return OpenFile(fd)
+    return file
 
 
 def same_bytes(fd: int, stored: OpenFile) -> bool:

@@ -62,6 +62,7 @@ def run_server(settings: Settings) -> None:
     # What start has made stays: collections need not look at it again.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     asyncio_run(_serve(node, sockets, figurl))
 
 

@@ -7,13 +7,36 @@ threads.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kachery_lab.core.canonical_json import canonical_2021
 from kachery_lab.core.ids import Sha1, Sha256
 
 CHUNK_SIZE = 20_000_000
 """Bytes of every chunk but the last (spec/storage-layout.md section 3)."""
+
+
+_HELD = 2047
+_SMALL = 4 * _HELD
+
+
+def _feed(hashes: tuple[Any, ...], data: memoryview | bytes | bytearray) -> None:
+    """Add bytes to each hash. A small piece is hashed in less time than it takes to get the interpreter lock back."""
+    if _HELD < len(data) <= _SMALL:
+        for start in range(0, len(data), _HELD):
+            piece = data[start : start + _HELD]
+            for digest in hashes:
+                digest.update(piece)
+    else:
+        for digest in hashes:
+            digest.update(data)
+
+
+def sha1_of(data: bytes | bytearray) -> Sha1:
+    """SHA-1 of bytes in memory."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    _feed((digest,), data)
+    return Sha1(digest.hexdigest())
 
 
 class Chunk(NamedTuple):
@@ -45,10 +68,12 @@ class WholeHasher:
             self._sha1.update(view[:room])
             self._first_chunk = Sha1(self._sha1.hexdigest())
             self._sha1.update(view[room:])
+            if self._sha256 is not None:
+                self._sha256.update(data)
+        elif self._sha256 is not None:
+            _feed((self._sha1, self._sha256), data)
         else:
-            self._sha1.update(data)
-        if self._sha256 is not None:
-            self._sha256.update(data)
+            _feed((self._sha1,), data)
         self.size += len(data)
 
     def drop_sha256(self) -> None:

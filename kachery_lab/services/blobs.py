@@ -16,7 +16,7 @@ from kachery_lab.blobs.files import Fingerprint, OpenFile
 from kachery_lab.blobs.local import LocalBlobStore
 from kachery_lab.blobs.receive import Claim as Claim
 from kachery_lab.blobs.receive import Received, hash_file, receive, store_bytes
-from kachery_lab.core.hashing import Chunk
+from kachery_lab.core.hashing import Chunk, sha1_of
 from kachery_lab.core.ids import Sha1
 from kachery_lab.core.manifests import manifest_bytes
 from kachery_lab.db.engine import Database
@@ -187,7 +187,7 @@ class BlobService:
                 path = self.store_on_volume.layout.blob(sha1)
                 if not await self.store_on_volume.disk.run(present, path):
                     return False
-            await self._database.write(commit)
+            await self._database.write(commit, single=also is None)
         self._remember(sha1, fingerprint)
         return True
 
@@ -218,7 +218,7 @@ class BlobService:
 
     def _load(self, sha1: Sha1) -> tuple[bytes | None, OpenFile | None]:
         data, file = self.store_on_volume.load_small(sha1, SMALL)
-        if data is not None and hashlib.sha1(data, usedforsecurity=False).hexdigest() != sha1:
+        if data is not None and sha1_of(data) != sha1:
             self._condemn(sha1)
         return data, file
 
