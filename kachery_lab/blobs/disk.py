@@ -10,10 +10,11 @@ import asyncio
 import errno
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, ParamSpec, TypeVar
 
 from kachery_lab.blobs.gather import Gather, settle
+from kachery_lab.blobs.threads import Threads
 from kachery_lab.errors import KacheryLabError, NotFound, StorageFull, Unavailable
 
 P = ParamSpec("P")
@@ -42,11 +43,11 @@ class Disk:
     def __init__(self, workers: int = 24, deadline: float = 30.0) -> None:
         self.deadline = deadline
         self.trouble = 0
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="disk")
+        self._pool = Threads(workers, "disk")
         self._short = Gather(self._pool, workers)
 
     @property
-    def executor(self) -> ThreadPoolExecutor:
+    def executor(self) -> Executor:
         """For libraries that take an executor."""
         return self._pool
 
@@ -64,7 +65,7 @@ class Disk:
     def _begin(self, call: Callable[[], T]) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._pool.submit(_work, loop, future, call)
+        self._pool.begin(_work, loop, future, call)
         return future
 
     async def _within_deadline(self, future: asyncio.Future[T]) -> T:

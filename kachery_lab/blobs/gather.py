@@ -10,8 +10,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from kachery_lab.blobs.threads import Threads
 
 STALL = 0.001
 MOST_TOGETHER = 32
@@ -22,7 +23,7 @@ _Done = list[tuple[asyncio.Future[Any], Any, BaseException | None]]
 class Gather:
     """The waiting operations of one event loop. All methods but `_pull` run on the loop."""
 
-    def __init__(self, pool: ThreadPoolExecutor, most_threads: int) -> None:
+    def __init__(self, pool: Threads, most_threads: int) -> None:
         self._pool = pool
         self._most = most_threads
         self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
@@ -41,7 +42,7 @@ class Gather:
         return future
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._pool.submit(self._pull, loop)
+        self._pool.begin(self._pull, loop)
         self._threads += 1
 
     def _reinforce(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from kachery_lab.blobs.disk import Disk
 from kachery_lab.blobs.gather import Gather
+from kachery_lab.blobs.threads import Threads
 from kachery_lab.errors import NotFound, Unavailable
 
 
@@ -35,7 +35,7 @@ def test_operations_that_come_together_share_a_thread() -> None:
     used: set[str] = set()
 
     async def run() -> None:
-        with ThreadPoolExecutor(8) as pool:
+        with Threads(8, "test") as pool:
             gather = Gather(pool, 8)
             await asyncio.gather(*(gather.submit(lambda: used.add(threading.current_thread().name)) for _ in range(20)))
 
