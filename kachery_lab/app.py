@@ -8,37 +8,34 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kachery_lab.http import admin, blobs, buckets, health, openapi, v1
-from kachery_lab.http.bodies import JsonBudget
+from kachery_lab.http.application import Application
 from kachery_lab.http.context import SOCKET_STATE
-from kachery_lab.http.errors import EXCEPTION_HANDLERS
-from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, Unexpected
+from kachery_lab.http.middleware import Cors, Errors, HostCheck, RequestLog
 from kachery_lab.http.paths import PathTable
 from kachery_lab.http.protocols import ably2021, daemon2021, figurl_local, gateway2022, hub2021, kachery2024
 from kachery_lab.node import Node
 
 
-def create_app(node: Node) -> Starlette:
+def create_app(node: Node) -> Application:
     """The application of an open node; starting and closing the node is its lifespan."""
 
-    budget = JsonBudget(max(node.settings.max_json_total, node.settings.max_json), largest=node.settings.max_json)
-
     @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Application) -> AsyncIterator[None]:
         await node.start()
         try:
             yield
         finally:
             await node.close()
-            budget.close()
+            app.budget.close()
 
     settings = node.settings
     own_names = _own_names(settings.public_url, settings.allowed_hosts)
-    app = Starlette(
+    return Application(
+        node,
         routes=[
             PathTable(
                 [
@@ -57,24 +54,17 @@ def create_app(node: Node) -> Starlette:
             )
         ],
         middleware=_middleware(own_names, origins=settings.cors_origins),
-        exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
-    app.state.node = node
-    app.state.budget = budget
-    app.state.public_url_missed = False
-    return app
 
 
-def create_figurl_app(node: Node) -> Starlette:
+def create_figurl_app(node: Node) -> Application:
     """What figurl finds on a person's own machine, for the listener of its own; the node is started by the other."""
-    app = Starlette(
+    return Application(
+        node,
         routes=[PathTable(figurl_local.routes())],
         middleware=_middleware([], origins=node.settings.figurl_origins, open_to_pages=()),
-        exception_handlers=EXCEPTION_HANDLERS,
     )
-    app.state.node = node
-    return app
 
 
 def _middleware(own_names: list[str], **cors: Any) -> list[Middleware]:
@@ -82,7 +72,7 @@ def _middleware(own_names: list[str], **cors: Any) -> list[Middleware]:
         Middleware(RequestLog),
         Middleware(Cors, **cors),
         Middleware(HostCheck, allowed=own_names),
-        Middleware(Unexpected),
+        Middleware(Errors),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import HTTPConnection
 
 from kachery_lab.errors import Unauthenticated
+from kachery_lab.http.application import Application
 from kachery_lab.http.bodies import JsonBudget
 from kachery_lab.node import Node
 from kachery_lab.services.principals import OPERATOR, Principal
@@ -14,21 +15,26 @@ SOCKET_STATE = "from_admin_socket"
 """Set in the connection's state by the listener of the admin socket, and by nothing that a client sends."""
 
 
+def application_of(request: HTTPConnection) -> Application:
+    """The application that answers this request."""
+    found: Application = request.scope["app"]
+    return found
+
+
 def node_of(request: HTTPConnection) -> Node:
     """The node that this application serves."""
-    node: Node = request.app.state.node
-    return node
+    return application_of(request).node
 
 
 def budget_of(request: HTTPConnection) -> JsonBudget:
     """The bound on JSON in memory, shared by all requests."""
-    budget: JsonBudget = request.app.state.budget
-    return budget
+    return application_of(request).budget
 
 
 def peer_of(request: HTTPConnection) -> str | None:
     """The caller's address without its port."""
-    return request.client.host if request.client else None
+    client = request.scope.get("client")
+    return client[0] if client else None
 
 
 def bearer(request: HTTPConnection) -> str | None:

@@ -123,21 +123,14 @@ class _NoSuchRoute(errors.NotFound):
     """Starlette's own refusals (no route, wrong method), in the one error shape."""
 
 
-async def on_error(_request: Request, error: Exception) -> Response:
-    """Starlette exception handler for `KacheryLabError`."""
-    assert isinstance(error, KacheryLabError)
-    return problem(error)
-
-
-async def on_http_exception(_request: Request, error: Exception) -> Response:
-    """Starlette exception handler for its own `HTTPException` (no route, wrong method)."""
-    assert isinstance(error, HTTPException)
+def answer_to(error: Exception) -> Response | None:
+    """The answer to an exception of a route: ours, or Starlette's own (no route, wrong method). None for any other."""
+    if isinstance(error, KacheryLabError):
+        return problem(error)
+    if not isinstance(error, HTTPException):
+        return None
     if error.status_code in {204, 304} or error.status_code < 200:
         return Response(status_code=error.status_code, headers=error.headers)
     answer = problem(_NoSuchRoute(error.detail), status=error.status_code)
     answer.headers.update(error.headers or {})
     return answer
-
-
-EXCEPTION_HANDLERS = {KacheryLabError: on_error, HTTPException: on_http_exception}
-"""For `Starlette(exception_handlers=...)`. Everything else is caught by `middleware.Unexpected`."""

@@ -1,4 +1,4 @@
-"""What wraps every route, outermost first: `RequestLog`, `Cors`, `HostCheck`, `Unexpected`.
+"""What wraps every route, outermost first: `RequestLog`, `Cors`, `HostCheck`, `Errors`.
 
 Pure ASGI classes; each does one thing and costs microseconds.
 """
@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kachery_lab.errors import Forbidden, KacheryLabError, UnknownHost
-from kachery_lab.http.errors import problem, unexpected
+from kachery_lab.http.errors import answer_to, problem, unexpected
 from kachery_lab.observability.logging import RateLimited, redact_text
 from kachery_lab.observability.request_lines import RequestLogger, request_logger
 
@@ -196,8 +196,9 @@ class Cors:
         )
 
 
-class Unexpected:
-    """Any exception that nobody expected: a traceback in the log, a problem without details to the client."""
+class Errors:
+    """Every exception of a route becomes an answer: the problem document of its error, or, for one that nobody
+    expected, a traceback in the log and a problem without details. Stands for Starlette's two layers for exceptions."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -218,12 +219,15 @@ class Unexpected:
         except ClientDisconnect:
             # There is nobody left to answer, and a client that goes away is no failure of ours.
             return
-        except Exception:
+        except Exception as error:
             if started:
                 # Raising makes the server cut the connection, so that the client sees a truncated answer, and log it.
                 raise
-            _log_failure()
-            await unexpected()(scope, receive, send)
+            answer = answer_to(error)
+            if answer is None:
+                _log_failure()
+                answer = unexpected()
+            await answer(scope, receive, send)
 
 
 def _log_failure() -> None:

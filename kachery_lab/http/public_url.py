@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import structlog
 from starlette.requests import HTTPConnection
 
-from kachery_lab.http.context import node_of, peer_of
+from kachery_lab.http.context import application_of, node_of, peer_of
 from kachery_lab.services.channel_files import Found
 
 log = structlog.get_logger(__name__)
@@ -50,7 +50,7 @@ def hub_url(request: HTTPConnection) -> str:
     The first node of another machine that gets one while KACHERY_LAB_PUBLIC_URL is not set is told of in the log; not
     when it came through a trusted proxy under a name for all machines.
     """
-    url, settings, known = base_url(request), node_of(request).settings, request.app.state
+    url, settings, known = base_url(request), node_of(request).settings, application_of(request)
     if settings.public_url is None and not known.public_url_missed:
         peer = peer_of(request) or ""
         proxied = is_trusted(peer, settings.trusted_proxies)

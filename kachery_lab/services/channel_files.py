@@ -235,6 +235,7 @@ class ChannelFiles:
             return False
         if not public:
             self._roles.require(reader, channel, Role.REQUEST_FILES)
+            return True
         return bool(self._roles.roles(reader, channel) & Role.REQUEST_FILES)
 
     async def _bring(self, channel: str, path: ObjectPath) -> Reference | None:

@@ -3,17 +3,18 @@ from __future__ import annotations
 import json
 
 import pytest
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.routing import Route
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from kachery_lab import errors
 from kachery_lab.client import problems
 from kachery_lab.client.problems import error_classes, error_from_problem
 from kachery_lab.errors import KacheryLabError
 from kachery_lab.http import errors as http_errors
-from kachery_lab.http.errors import EXCEPTION_HANDLERS, STATUS, problem, status_of, unexpected
+from kachery_lab.http.errors import STATUS, problem, status_of, unexpected
+from kachery_lab.http.middleware import Errors
 
 TREE = [kind for kind in error_classes() if kind.__module__ == errors.__name__]
 EXTRAS: dict[type[KacheryLabError], list[dict[str, object]]] = {
@@ -125,7 +126,7 @@ def test_an_unexpected_failure_says_nothing_about_itself() -> None:
     assert json.loads(bytes(answer.body))["code"] == "internal_error"
 
 
-def call(app: Starlette, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+def call(app: ASGIApp, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
     import asyncio
 
     got: list[dict[str, object]] = []
@@ -140,7 +141,7 @@ def call(app: Starlette, method: str, path: str) -> tuple[int, dict[str, str], b
         scope = {
             "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
             "headers": [(b"host", b"localhost")], "scheme": "http", "root_path": "", "http_version": "1.1",
-            "server": ("localhost", 80), "client": ("127.0.0.1", 1),
+            "server": ("localhost", 80), "client": ("127.0.0.1", 1), "app": app,
         }  # fmt: skip
         await app(scope, receive, send)  # type: ignore[arg-type]
 
@@ -156,10 +157,7 @@ def test_starlette_answers_in_the_same_shape() -> None:
     async def teapot(_request: Request) -> None:
         raise HTTPException(418, "short and stout", {"X-Pot": "1"})
 
-    app = Starlette(
-        routes=[Route("/raises", raises), Route("/teapot", teapot)],
-        exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
-    )
+    app = Errors(Router([Route("/raises", raises), Route("/teapot", teapot)]))
     status, headers, body = call(app, "GET", "/raises")
     assert (status, headers["content-type"]) == (403, "application/problem+json")
     assert json.loads(body)["hint"] == "ask"

@@ -10,7 +10,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from kachery_lab.http.health import readyz, routes
-from kachery_lab.http.middleware import Cors, HostCheck, RequestLog, Unexpected, allow_origin
+from kachery_lab.http.middleware import Cors, Errors, HostCheck, RequestLog, allow_origin
 
 Sent = list[dict[str, Any]]
 
@@ -271,7 +271,7 @@ def test_an_unexpected_failure_is_a_500_without_details(capfd: pytest.CaptureFix
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("geheimnis")
 
-    sent = call(Unexpected(fails))
+    sent = call(Errors(fails))
     assert sent[0]["status"] == 500
     assert problem(sent)["code"] == "internal_error"
     assert "geheimnis" not in sent[1]["body"].decode()
@@ -286,14 +286,14 @@ def test_a_failure_in_the_middle_of_an_answer_cuts_it() -> None:
         raise RuntimeError("late")
 
     with pytest.raises(RuntimeError, match="late"):
-        call(Unexpected(fails))
+        call(Errors(fails))
 
 
 def test_a_client_that_went_away_is_no_failure(capfd: pytest.CaptureFixture[str]) -> None:
     async def gone(scope: Any, receive: Any, send: Any) -> None:
         raise ClientDisconnect
 
-    assert call(Unexpected(gone)) == []
+    assert call(Errors(gone)) == []
     assert capfd.readouterr().out == ""
 
 
@@ -303,7 +303,7 @@ def test_other_scopes_pass_untouched() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         kinds.append(scope["type"])
 
-    call(RequestLog(Cors(HostCheck(Unexpected(app), []))), kind="lifespan")
+    call(RequestLog(Cors(HostCheck(Errors(app), []))), kind="lifespan")
     assert kinds == ["lifespan"]
 
 
