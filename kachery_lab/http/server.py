@@ -21,6 +21,7 @@ import uvicorn
 
 from kachery_lab.errors import HeadersTooLarge, InvalidInput, Unavailable
 from kachery_lab.http.chunks import ChunkScanner
+from kachery_lab.http.corked import CorkedTransport
 from kachery_lab.http.deadlines import EdgeLimits, Sweeper
 from kachery_lab.http.refusals import CHUNKED, HEAD, LENGTH, UPGRADED, RefusingProtocol
 from kachery_lab.http.request_head import Head, HeadLimits, Refused, check_partial, find_origin, parse_head
@@ -34,7 +35,7 @@ class GuardedProtocol(RefusingProtocol):
     """One connection. Uses private parts of uvicorn: `tests/http/test_server.py` pins the version that was read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(CorkedTransport(transport, self.loop))
         # uvloop leaves Nagle's algorithm on for sockets that were bound elsewhere: the second of two small frames, or a
         # body behind its head, would wait 40 ms for the client's acknowledgement of the first.
         _send_at_once(transport)
@@ -142,6 +143,9 @@ class GuardedProtocol(RefusingProtocol):
         except httptools.HttpParserUpgrade:
             if self._should_upgrade():
                 self._state = UPGRADED
+                if isinstance(self.transport, CorkedTransport):
+                    # A frame is one write: nothing comes behind it.
+                    self.transport = self.transport.plain
                 self.handle_websocket_upgrade()
             else:
                 self._refuse(400, InvalidInput("This upgrade is not offered here."))
