@@ -14,9 +14,8 @@ from kachery_lab.core.ids import Sha1, Sha256
 
 CHUNK_SIZE = 20_000_000
 """Bytes of every chunk but the last (spec/storage-layout.md section 3)."""
-
-
 _HELD = 2047
+"""Up to so many bytes hashlib keeps the interpreter lock."""
 _SMALL = 4 * _HELD
 
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from kachery_lab.blobs.threads import Threads
+from tests.faults.report import wait_for
 
 
 def test_a_thread_begins_only_when_none_is_idle() -> None:
@@ -14,8 +15,8 @@ def test_a_thread_begins_only_when_none_is_idle() -> None:
     names = set()
     for _ in range(50):
         names.add(pool.submit(lambda: threading.current_thread().name).result(60))
-    # The one that has just answered may not have come back to the queue yet.
-    assert len(names) <= 2
+        wait_for(lambda: pool._idle == 1, "the thread waits for its next call")
+    assert names == {"few_1"}
     pool.shutdown()
 
 

@@ -43,6 +43,16 @@ def test_any_split_gives_the_same(data, cuts, as_views):
         assert hasher.chunks() == hasher.chunks() == expected_chunks(data, 10)
 
 
+@pytest.mark.parametrize("size", [0, 1, 2046, 2047, 2048, 4094, 4095, 4096, 8187, 8188, 8189, 20_000])
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_pieces_of_every_size(size: int, kind: type) -> None:
+    data = bytes(number % 251 for number in range(size))
+    hasher = StreamHasher(want_sha256=True, want_chunks=False)
+    hasher.update(kind(data))
+    assert (hasher.sha1(), hasher.sha256()) == (hashlib.sha1(data).hexdigest(), hashlib.sha256(data).hexdigest())
+    assert hashing.sha1_of(data) == hasher.sha1()
+
+
 def test_two_threads_can_share_the_work(monkeypatch):
     monkeypatch.setattr(hashing, "CHUNK_SIZE", 3000)
     data = bytes(range(256)) * 64
