@@ -216,6 +216,16 @@ class LocalBlobStore:
         return found
 
     def _move(self, source: str, directory: str, name: str) -> None:
+        try:
+            self._move_once(source, directory, name)
+        except FileNotFoundError:
+            if not present(source):
+                raise
+            # Somebody removed a directory that was thought to be there: who empties the trash may remove all of it.
+            self._directories.forget()
+            self._move_once(source, directory, name)
+
+    def _move_once(self, source: str, directory: str, name: str) -> None:
         pending, _ = self._directories.make(directory)
         os.rename(source, f"{directory}/{name}")
         fsync_directory(directory)
@@ -230,6 +240,15 @@ class LocalBlobStore:
     def write_link(self, sha1: Sha1, record: bytes) -> None:
         """Replace the link record of a blob, atomically and durably."""
         self.check_volume()
+        try:
+            self._write_link(sha1, record)
+        except FileNotFoundError:
+            # As in `place` and `draft`.
+            self._directories.forget()
+            self.layout.tmp.mkdir(exist_ok=True)
+            self._write_link(sha1, record)
+
+    def _write_link(self, sha1: Sha1, record: bytes) -> None:
         final = self.layout.link(sha1)
         directory = os.path.dirname(final)
         pending, _ = self._directories.make(directory)
