@@ -7,11 +7,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, ScalarSelect, delete, func, select, update
+from sqlalchemy import Connection, ScalarSelect, bindparam, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.sql.expression import ClauseElement
 
 from kachery_lab.core.feeds import HEAD_0, Checkpoint, SignedMessage, SubfeedHead
 from kachery_lab.db.models import append_requests, feed_names, feeds, messages, subfeeds
+from kachery_lab.db.prepared import Prepared
 from kachery_lab.errors import StartRefused
 
 
@@ -20,6 +22,22 @@ class _Answer(Protocol):
     def position(self) -> int: ...
     @property
     def count(self) -> int: ...
+
+
+def _make_set_end() -> ClauseElement:
+    names = ("num_messages", "signature", "head", "checkpoint_signature")
+    values: dict[str, Any] = {name: bindparam(name) for name in ("feed_id", "subfeed_hash", *names)}
+    statement = insert(subfeeds).values(values)
+    return statement.on_conflict_do_update(
+        index_elements=[subfeeds.c.feed_id, subfeeds.c.subfeed_hash],
+        set_={name: statement.excluded[name] for name in names},
+    ).returning(subfeeds.c.id)
+
+
+# Made once: making a statement takes longer than running it.
+_SET_END = Prepared(_make_set_end())
+_ADD_MESSAGES = insert(messages)
+_ADD_REQUESTS = insert(append_requests).on_conflict_do_nothing()
 
 
 def subfeed_id(feed_id: str, subfeed_hash: str) -> ScalarSelect[int]:
@@ -58,19 +76,16 @@ def add_messages(
 ) -> None:
     """Index messages that continue a subfeed, its new end, and the request ids that were used (digest, answer)."""
     end = {
+        "feed_id": feed_id,
+        "subfeed_hash": subfeed_hash,
         "num_messages": head.num_messages,
         "signature": head.signature,
         "head": head.head,
         "checkpoint_signature": checkpoint_signature,
     }
-    row_id = conn.execute(
-        insert(subfeeds)
-        .values(feed_id=feed_id, subfeed_hash=subfeed_hash, **end)
-        .on_conflict_do_update(index_elements=[subfeeds.c.feed_id, subfeeds.c.subfeed_hash], set_=end)
-        .returning(subfeeds.c.id)
-    ).scalar_one()
+    row_id = _SET_END(conn, end).scalar_one()
     conn.execute(
-        insert(messages),
+        _ADD_MESSAGES,
         [
             {
                 "subfeed_id": row_id,
@@ -86,7 +101,7 @@ def add_messages(
     )
     if requests:
         conn.execute(
-            insert(append_requests).on_conflict_do_nothing(),
+            _ADD_REQUESTS,
             [
                 {
                     "subfeed_id": row_id,
