@@ -6,7 +6,9 @@ peer that does not read its last frames. The upgrade request itself was checked 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import Any, ClassVar
 
 from uvicorn.protocols.utils import ClientDisconnected
@@ -29,6 +31,19 @@ _log = logging.getLogger("kachery_lab.websocket")
 _log.setLevel(logging.ERROR)
 # Any client can send that; it is told, and nothing failed here.
 _log.addFilter(lambda record: not str(record.msg).startswith("Invalid UTF-8"))
+
+
+async def until_first(ending: Coroutine[Any, Any, object], *work: Coroutine[Any, Any, None]) -> list[Exception]:
+    """Run these beside each other until one of them ends, then end the others; what the work raised, in its order."""
+    tasks = [asyncio.create_task(one) for one in work]
+    last = asyncio.create_task(ending)
+    try:
+        await asyncio.wait([*tasks, last], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (*tasks, last):
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+    return [one for one in found if isinstance(one, Exception)]
 
 
 class GuardedWebSocket(WebSocketsSansIOProtocol, Swept):

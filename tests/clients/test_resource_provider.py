@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.clients.ably.environment import NoNode, library, node_binary
+from tests.clients.ably.environment import library, need_library, node_binary
 from tests.clients.test_kachery_cloud import DOWNLOAD, GATEWAY, UPLOAD, Cloud, Requests
-from tests.faults.report import missing
 from tests.nodes import admin, running_node
 from tests.servers import RunningNode
 
@@ -30,10 +29,7 @@ SECONDS = 60.0
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    try:
-        library()
-    except NoNode as error:
-        missing(str(error))
+    need_library()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from kachery_lab.core.strict_json import shorten
 from kachery_lab.errors import InvalidInput, KacheryLabError, TooLarge, Unavailable
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.errors import problem
+from kachery_lab.http.websocket import until_first
 from kachery_lab.services.broker import HubBands
 from kachery_lab.services.member_connections import ConnectionEnded, Delivery, End, MemberConnection
 from kachery_lab.services.node_requests import HEADER
@@ -88,16 +89,9 @@ class _Member:
 
     async def run(self) -> End | None:
         """Until the peer goes (None) or the hub ends it."""
-        work = [asyncio.create_task(one) for one in (self._read(), self._write(), self._watch_roles())]
-        ending = asyncio.create_task(self._connection.wait_end())
-        try:
-            await asyncio.wait([*work, ending], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (*work, ending):
-                task.cancel()
-            found = await asyncio.gather(*work, return_exceptions=True)
-        for one in found:
-            if isinstance(one, Exception) and not isinstance(one, ConnectionEnded | WebSocketDisconnect):
+        work = (self._read(), self._write(), self._watch_roles())
+        for one in await until_first(self._connection.wait_end(), *work):
+            if not isinstance(one, ConnectionEnded | WebSocketDisconnect):
                 raise one
         return self._connection.end
 

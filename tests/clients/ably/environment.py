@@ -12,6 +12,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.faults.report import missing
+
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parents[2] / ".cache" / "clients" / "ably"
 FILES = (HERE / "package.json", HERE / "package-lock.json")
@@ -27,6 +29,14 @@ def node_binary() -> str:
     if found is None or shutil.which("npm") is None:
         raise NoNode("node and npm are needed; on Debian or Ubuntu: apt-get install nodejs npm")
     return found
+
+
+def need_library() -> None:
+    """Skips where there is no Node.js; under CI=true that is a failure."""
+    try:
+        library()
+    except NoNode as error:
+        missing(str(error))
 
 
 def library(directory: Path = ENVIRONMENT) -> Path:

@@ -15,8 +15,8 @@ from kachery_lab.core.ids import NodeId
 from kachery_lab.core.roles import Role
 from kachery_lab.services.principals import OPERATOR
 from tests.clients.ably.client import AblyClient, Refused
-from tests.clients.ably.environment import NoNode, library
-from tests.faults.report import missing, report, wait_for
+from tests.clients.ably.environment import library, need_library
+from tests.faults.report import report, wait_for
 from tests.hubs import Hub, LabNode, path_of, sha1_of
 from tests.members2021 import payload, request_file, token_details
 
@@ -28,10 +28,7 @@ MODULE = Path(__file__).parents[3] / "docs" / "bands.cjs"
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> None:
-    try:
-        library()
-    except NoNode as error:
-        missing(str(error))
+    need_library()
 
 
 @pytest.fixture

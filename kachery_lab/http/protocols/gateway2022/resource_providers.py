@@ -28,6 +28,7 @@ from kachery_lab.errors import Conflict, Forbidden, InvalidInput, KacheryLabErro
 from kachery_lab.http.context import node_of, peer_of
 from kachery_lab.http.protocols.gateway2022.auth import DEFAULT_ZONE
 from kachery_lab.http.protocols.gateway2022.errors import resource_error
+from kachery_lab.http.websocket import until_first
 from kachery_lab.node import Node
 from kachery_lab.services.resource_providers import End, Provider, Reply, State, Wanted
 from kachery_lab.services.subjects import subject_of
@@ -121,19 +122,10 @@ class _Line:
         return await self._talk()
 
     async def _talk(self) -> End | None:
-        work = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
-        ending = asyncio.create_task(self._provider.wait_end())
-        try:
-            await asyncio.wait([*work, ending], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (*work, ending):
-                task.cancel()
-            found = await asyncio.gather(*work, return_exceptions=True)
-        for one in found:
+        for one in await until_first(self._provider.wait_end(), self._read(), self._write()):
             if isinstance(one, KacheryLabError):
                 return End("bad_message", one.text)
-            if isinstance(one, Exception):
-                raise one
+            raise one
         return self._provider.end
 
     # -- in ------------------------------------------------------------------------------------------------------
